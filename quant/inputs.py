@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -58,9 +59,16 @@ class LinearInputs:
         return self.hessian.get(source), self.count.get(source, 0), self.largest.get(source, 0.0)
 
 
+class TakesInputs(Protocol):
+    """`LinearInputs`, or what brings inputs to those of other processes (quant/sharing.py)."""
+
+    def add(self, name: str, x: torch.Tensor, batch: Batch) -> None:
+        """One batch's input [..., K] of a Linear."""
+
+
 @contextmanager
 def watched(
-    linears: Mapping[str, nn.Module], inputs: LinearInputs, batch: list[Batch]
+    linears: Mapping[str, nn.Module], inputs: TakesInputs, batch: list[Batch]
 ) -> Iterator[None]:
     """While open, inputs of `linears` are added for the batch that `batch` holds."""
 
@@ -73,6 +81,36 @@ def watched(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def pair_weights(
+    token_P: torch.Tensor, weight_P: torch.Tensor | None, num_tokens: int
+) -> torch.Tensor:
+    """How much each token counts in its layer's pooled Hessian [T]: once for each pair, or by the
+    square of what multiplied its input."""
+    return torch.bincount(
+        token_P, None if weight_P is None else weight_P.float() ** 2, minlength=num_tokens
+    )
+
+
+class PooledHessian:
+    """The Hessian a routed token of a layer has on average (gate and up), float32 [D, D]."""
+
+    def __init__(self) -> None:
+        self.total: torch.Tensor | None = None
+        self.pairs = 0
+
+    def add(self, x_TD: torch.Tensor, weight_T: torch.Tensor, pairs: int) -> None:
+        """One batch, with `pair_weights`."""
+        x = x_TD.float()
+        part = x.T @ (x * weight_T.to(x)[:, None])
+        self.total = part if self.total is None else self.total + part
+        self.pairs += pairs
+
+    def mean(self) -> torch.Tensor:
+        """For a pair."""
+        assert self.total is not None
+        return self.total / max(1, self.pairs)
 
 
 class RoutedInputs:
@@ -105,3 +143,11 @@ class RoutedInputs:
             x_ND = x_TD[token_P[start:end]]
             rows.append(x_ND if weight_P is None else x_ND * weight_P[start:end, None])
         return torch.cat(rows)
+
+    def pooled(self, device: torch.device) -> torch.Tensor:
+        """The Hessian a routed token of this layer has on average, made on `device`."""
+        pooled = PooledHessian()
+        for x_TD, (_, token_P, weight_P) in zip(self.inputs, self.pairs, strict=True):
+            weight_T = pair_weights(token_P, weight_P, len(x_TD))
+            pooled.add(x_TD.to(device), weight_T, len(token_P))
+        return pooled.mean()

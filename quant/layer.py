@@ -164,40 +164,53 @@ class LayerRounder:
 
     # -- routed experts ------------------------------------------------------------------------
 
-    def round_experts(
-        self,
-        linears: Sequence[Linear],
-        routed: RoutedInputs | None,
-        activate: Callable[[torch.Tensor], torch.Tensor] | None,
-        result: LayerRounding,
-    ) -> None:
-        """The layer's routed experts. `activate` is the family's activation on joined gate and
-        up ([N, 2F] -> [N, F]); both it and `routed` are None where nothing was run."""
+    def expert_sets(self, linears: Sequence[Linear]) -> list[dict[int, ExpertLinears]]:
+        """The layer's experts that get a scheme, as they are rounded together."""
         experts = {
             expert: parts
             for expert, parts in experts_of(linears).items()
             if self.schemes[parts.up.module] is not None
         }
         if not experts:
-            return
-        first = next(iter(experts.values()))
-        solved = first.up.module in self.damping or first.down.module in self.damping
-        pooled = _pooled(routed, self.device) if routed is not None and solved else None
-        widest = max(first.up.shape[1], first.down.shape[1])
+            return []
+        widest = widest_of(experts)
         at_once = max(1, min(32, HESSIAN_BYTES_AT_ONCE // (4 * widest * widest)))
         numbers = list(experts)
-        for start in range(0, len(numbers), at_once):
-            self._round_experts_at_once(
-                {e: experts[e] for e in numbers[start : start + at_once]},
-                routed,
-                activate,
-                pooled,
-                result,
-            )
-        if routed is not None:
-            counts = routed.count_E[numbers]
+        return [
+            {expert: experts[expert] for expert in numbers[start : start + at_once]}
+            for start in range(0, len(numbers), at_once)
+        ]
+
+    def round_experts(
+        self,
+        sets: Sequence[Mapping[int, ExpertLinears]],
+        routed: RoutedInputs | None,
+        activate: Callable[[torch.Tensor], torch.Tensor] | None,
+        result: LayerRounding,
+    ) -> None:
+        """Routed experts of a layer, of `expert_sets`. `activate` is the family's activation on
+        joined gate and up ([N, 2F] -> [N, F]); it and `routed` are None where nothing was run."""
+        if not sets:
+            return
+        first = next(iter(sets[0].values()))
+        solved = first.up.module in self.damping or first.down.module in self.damping
+        pooled = routed.pooled(self.device) if routed is not None and solved else None
+        for experts in sets:
+            self._round_experts_at_once(experts, routed, activate, pooled, result)
+
+    def count_experts(
+        self,
+        sets: Sequence[Mapping[int, ExpertLinears]],
+        routed: RoutedInputs | None,
+        result: LayerRounding,
+    ) -> None:
+        """After all experts are rounded: how many saw no token or few, and input ranges of the
+        former."""
+        experts = {expert: parts for one in sets for expert, parts in one.items()}
+        if routed is not None and experts:
+            counts = routed.count_E[list(experts)]
             result.without_tokens = int((counts == 0).sum())
-            result.few_tokens = int(((counts > 0) & (counts < widest)).sum())
+            result.few_tokens = int(((counts > 0) & (counts < widest_of(experts))).sum())
             self._fill_largest(experts, result)
 
     def _round_experts_at_once(
@@ -310,6 +323,12 @@ class LayerRounder:
                 result.largest_input[module] = result.largest_input[module] or largest
 
 
+def widest_of(experts: Mapping[int, ExpertLinears]) -> int:
+    """Inputs of the widest matrix of an expert."""
+    first = next(iter(experts.values()))
+    return max(first.up.shape[1], first.down.shape[1])
+
+
 def rows_of(q: Quantized, begin: int, end: int, scheme: Scheme) -> Quantized:
     """Rows of a stacked weight (FP8 blocks must not be cut)."""
     if scheme.kind == "fp8_block":
@@ -324,24 +343,6 @@ def rows_of(q: Quantized, begin: int, end: int, scheme: Scheme) -> Quantized:
 def _per_token_hessian(x_NK: torch.Tensor) -> torch.Tensor:
     x = x_NK.float()
     return x.T @ x / max(1, len(x))
-
-
-def _pooled(routed: RoutedInputs, device: torch.device) -> torch.Tensor:
-    """The Hessian a routed token of this layer has on average (gate and up), float32 [D, D]."""
-    total: torch.Tensor | None = None
-    pairs = 0
-    for x_TD, (_, token_P, weight_P) in zip(routed.inputs, routed.pairs, strict=True):
-        weight_T = torch.bincount(
-            token_P,
-            None if weight_P is None else weight_P.float() ** 2,
-            minlength=len(x_TD),
-        )
-        x = x_TD.to(device).float()
-        part = x.T @ (x * weight_T.to(x)[:, None])
-        total = part if total is None else total + part
-        pairs += len(token_P)
-    assert total is not None
-    return total / max(1, pairs)
 
 
 def _largest(inputs: Sequence[torch.Tensor] | None, index: int) -> float:

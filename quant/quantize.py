@@ -14,9 +14,11 @@ Layers after the last snapshot are computed again to the same bytes.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -24,7 +26,7 @@ import torch
 
 from calibration.batches import BATCH_TOKENS, Batch
 from calibration.hidden_states import HiddenStates
-from calibration.resume import begin_at
+from calibration.resume import begin_at, keep_place
 from calibration.stream import LayerWalk, SnapshotClock
 from calibration.tokens import TokenSet
 from models.architecture import ModelSpec
@@ -34,7 +36,9 @@ from models.journal import Journal, json_bytes
 from models.manifest import read_manifest, versions, write_manifest
 from models.memory import release_freed_memory
 from models.opening import OpenModel, compute_device, compute_dtype
+from models.processes import ALONE, Processes
 from models.progress import Progress, Step, silent
+from models.shared_journal import open_journal
 from models.skeleton import Skeleton
 from models.writer import MAX_SHARD_BYTES, carry_files, write_file
 from quant.config import with_quantization
@@ -46,6 +50,13 @@ from quant.linears import Linear, find_linears, head_module
 from quant.output import UnitShards
 from quant.recipes import Recipe, schemes_of
 from quant.schemes import Scheme, dequantize
+from quant.sharing import (
+    InputExchange,
+    SharedRoutedInputs,
+    expert_owners,
+    linear_owners,
+    round_layer,
+)
 from quant.tensors import OutputTensors
 
 Method = Literal["gptq", "rtn"]
@@ -161,11 +172,13 @@ def quantize(
     ahead: Ahead | None = None,
     force: bool = False,
     progress: Progress = silent,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Write `opened` quantized by `recipe` to `out` and return the manifest.
 
     `ahead` makes layers of `opened` readable before they are needed (a source that is pruned on
-    the way); what it was asked to do is part of the job.
+    the way); what it was asked to do is part of the job. Called in each of several `processes`,
+    it deals batches and matrices among them (quant/sharing.py); the first one writes.
 
     Killed at any moment and called again, it goes on and ends with the same bytes. Raises
     InputError for conflicts between model, recipe and method, and for a folder that is not ours.
@@ -195,34 +208,53 @@ def quantize(
         "versions": versions(),
         **(ahead.job if ahead is not None else {}),
     }
-    with Journal.open(out, job, force) as journal:
+    with open_journal(out, job, force, processes) as journal:
         if journal.complete:
             return read_manifest(out)
-        plan.shards.check(journal)
-        write_config(plan, journal)
+        processes.from_first(lambda: begin_output(plan, journal))
         if ahead is not None:
             ahead.begin(journal)
         walk = None
         if runs and tokens is not None:
             skeleton = Skeleton(opened.source, dtype=plan.dtype, device=device)
             states = HiddenStates(journal.folder / "hidden", settings.memory)
-            walk = LayerWalk(skeleton, tokens, states, batch_tokens)
-        report = run_layers(plan, walk, settings, device, journal, progress, ahead)
-        if ahead is not None:
-            ahead.finish(journal)
-        plan.shards.write_index(journal)
-        facts = {
-            "source": {
-                "path": str(opened.checkpoint.root.resolve()),
-                "digest": opened.checkpoint.digest(),
-            },
-            "family": opened.spec.family,
-            "inputs": dict(inputs or {}),
-            "recipe": recipe.to_json(),
-            "total_size": plan.shards.total_size,
-            "rounding": report,
-        }
-        return write_manifest(journal, started, facts)
+            walk = LayerWalk(skeleton, tokens, states, batch_tokens, processes=processes)
+        run_layers(plan, walk, settings, device, journal, progress, ahead, processes)
+        return processes.from_first(
+            lambda: end_output(plan, journal, started, dict(inputs or {}), ahead)
+        )
+
+
+def begin_output(plan: QuantizePlan, journal: Journal) -> None:
+    """What is written and checked before the first layer."""
+    plan.shards.check(journal)
+    write_config(plan, journal)
+
+
+def end_output(
+    plan: QuantizePlan,
+    journal: Journal,
+    started: float,
+    inputs: Mapping[str, Any],
+    ahead: Ahead | None,
+) -> dict[str, Any]:
+    """What is written behind the last layer; the manifest."""
+    if ahead is not None:
+        ahead.finish(journal)
+    plan.shards.write_index(journal)
+    opened = plan.opened
+    facts = {
+        "source": {
+            "path": str(opened.checkpoint.root.resolve()),
+            "digest": opened.checkpoint.digest(),
+        },
+        "family": opened.spec.family,
+        "inputs": inputs,
+        "recipe": plan.recipe.to_json(),
+        "total_size": plan.shards.total_size,
+        "rounding": summary(journal),
+    }
+    return write_manifest(journal, started, facts)
 
 
 def needs_tokens(plan: QuantizePlan) -> bool:
@@ -260,7 +292,8 @@ def run_layers(
     journal: Journal,
     progress: Progress,
     ahead: Ahead | None,
-) -> dict[str, Any]:
+    processes: Processes,
+) -> None:
     """Round and write every unit; the loop of the module's docstring."""
     rounder = LayerRounder(
         plan.opened.source,
@@ -282,21 +315,16 @@ def run_layers(
         if in_walk and walk is not None and layer is not None:
             if layer >= begin:
                 last = _walk_layer(plan, rounder, walk, layer, settings)
-                _write_unit(plan, unit, last, journal)
-                if clock.due() or layer == num_layers - 1:
-                    clock_start = time.monotonic()
-                    hidden = walk.hidden_states.snapshot(layer + 1)
-                    journal.record(f"hidden {layer}", hidden=hidden)
-                    walk.hidden_states.forget_before(layer + 1)
-                    clock.took(time.monotonic() - clock_start)
-        elif not plan.shards.written(unit, journal):
-            result = LayerRounding()
+                if processes.is_first:
+                    _write_unit(plan, unit, last, journal)
+                keep_place(walk, journal, f"hidden {layer}", layer, clock)
+        elif not processes.from_first(partial(plan.shards.written, unit, journal)):
             linears = linears_of(plan, layer)
-            rounder.round_linears(linears, None, result)
-            rounder.round_experts(linears, None, None, result)
+            result = round_layer(rounder, linears, None, None, None, processes)
             if last is not None:
                 borrow_largest(result, last, plan.opened.spec, layer)
-            _write_unit(plan, unit, result, journal)
+            if processes.is_first:
+                _write_unit(plan, unit, result, journal)
         release_freed_memory()
         progress(
             Step(
@@ -307,7 +335,6 @@ def run_layers(
                 note=unit,
             )
         )
-    return summary(journal)
 
 
 def linears_of(plan: QuantizePlan, layer: int | None) -> list[Linear]:
@@ -335,14 +362,15 @@ def _write_unit(plan: QuantizePlan, unit: str, result: LayerRounding, journal: J
     }
     plan.shards.write(unit, made, journal)
     if not journal.done(f"rounded {unit}"):
-        worst = sorted(result.errors.items(), key=lambda item: -item[1])[:3]
+        # sorted and summed so that the order of rounding, which processes share, does not show
+        worst = sorted(result.errors.items(), key=lambda item: (-item[1], item[0]))[:3]
         journal.record(
             f"rounded {unit}",
             matrices=len(result.quantized),
             without_tokens=result.without_tokens,
             few_tokens=result.few_tokens,
-            fell_back=result.fell_back,
-            mean_error=sum(result.errors.values()) / max(1, len(result.errors)),
+            fell_back=sorted(result.fell_back),
+            mean_error=math.fsum(result.errors.values()) / max(1, len(result.errors)),
             worst=dict(worst),
             by_kind=errors_by_kind(plan.linears, result.errors),
         )
@@ -357,7 +385,7 @@ def errors_by_kind(
     for module, error in errors.items():
         found.setdefault(f"{kinds[module]} {module.rpartition('.')[2]}", []).append(error)
     return {
-        kind: {"matrices": len(own), "mean": sum(own) / len(own), "max": max(own)}
+        kind: {"matrices": len(own), "mean": math.fsum(own) / len(own), "max": max(own)}
         for kind, own in sorted(found.items())
     }
 
@@ -379,15 +407,33 @@ def _walk_layer(
     settings: QuantizeSettings,
 ) -> LayerRounding:
     """Run, round, put in place, run again; the carries entering layer + 1 are left behind."""
-    skeleton = walk.skeleton
+    skeleton, processes = walk.skeleton, walk.processes
     linears = linears_of(plan, layer)
-    routed = RoutedInputs(plan.opened.spec.num_experts_of(layer))
+    num_experts = plan.opened.spec.num_experts_of(layer)
+    has_experts = bool(experts_of(linears))
+    inputs = LinearInputs(with_hessian=bool(plan.damping))
+    routed = RoutedInputs(num_experts) if has_experts else None
+    exchange = None
+    if processes.size > 1:
+        routed = SharedRoutedInputs(num_experts) if has_experts else None
+        sets = rounder.expert_sets(linears)
+        exchange = InputExchange(
+            processes=processes,
+            device=skeleton.device,
+            owner=linear_owners(linears, processes),
+            owner_E=expert_owners(sets, num_experts, processes),
+            inputs=inputs,
+            routed=routed,
+            pool=bool(plan.damping),
+        )
     current: list[Batch] = []
 
     def keep(record: RoutedBatch) -> None:
-        routed.add(record, current[0])
+        if exchange is not None:
+            exchange.add_routed(record, current[0])
+        elif routed is not None:
+            routed.add(record, current[0])
 
-    has_experts = bool(experts_of(linears))
     skeleton.load_layer(layer, keep if has_experts else None)
     skeleton.prefetch_layer(layer + 1)
     modules = {
@@ -397,14 +443,14 @@ def _walk_layer(
         and plan.schemes[linear.module] is not None
         and (module := skeleton.linear_of(layer, linear.logical)) is not None
     }
-    inputs = LinearInputs(with_hessian=bool(plan.damping))
     compressed = settings.propagate == "compressed"
-    with watched(modules, inputs, current):
-        walk.pass_through(layer, current, keep_output=not compressed)
-    result = LayerRounding()
-    rounder.round_linears(linears, inputs, result)
+    after_round = None if exchange is None else exchange.send
+    with watched(modules, exchange or inputs, current):
+        walk.pass_through(layer, current, keep_output=not compressed, after_round=after_round)
+    if exchange is not None:
+        exchange.finish()
     activate = skeleton.experts[layer].activate if layer in skeleton.experts else None
-    rounder.round_experts(linears, routed if has_experts else None, activate, result)
+    result = round_layer(rounder, linears, inputs, routed, activate, processes)
     if compressed:
         put_in_place(plan, skeleton, layer, modules, linears, result)
         if layer in skeleton.experts:
