@@ -15,8 +15,9 @@ Layers after the last snapshot are computed again to the same bytes.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -32,20 +33,22 @@ from models.errors import InputError
 from models.experts import RoutedBatch
 from models.journal import Journal, json_bytes
 from models.manifest import read_manifest, versions, write_manifest
-from models.memory import release_freed_memory
+from models.memory import free_bytes, release_freed_memory
 from models.opening import OpenModel, compute_device, compute_dtype
 from models.progress import Progress, Step, silent
 from models.skeleton import Skeleton
 from models.writer import MAX_SHARD_BYTES, carry_files, write_file
 from quant.config import with_quantization
+from quant.device import has_kernels
+from quant.expert_sums import ExpertSums
 from quant.export import Layout, check_export, export_config, extra_files
 from quant.gptq import GptqSettings
-from quant.inputs import LinearInputs, RoutedInputs, watched
-from quant.layer import LayerRounder, LayerRounding, experts_of
+from quant.inputs import ExpertInputs, LinearInputs, RoutedInputs, watched
+from quant.layer import ExpertLinears, LayerRounder, LayerRounding
 from quant.linears import Linear, find_linears, head_module
 from quant.output import UnitShards
 from quant.recipes import Recipe, schemes_of
-from quant.schemes import Scheme, dequantize
+from quant.schemes import Scheme
 from quant.tensors import OutputTensors
 
 Method = Literal["gptq", "rtn"]
@@ -293,7 +296,7 @@ def run_layers(
             result = LayerRounding()
             linears = linears_of(plan, layer)
             rounder.round_linears(linears, None, result)
-            rounder.round_experts(linears, None, None, result)
+            rounder.round_experts(rounder.expert_sets(linears), None, None, result)
             if last is not None:
                 borrow_largest(result, last, plan.opened.spec, layer)
             _write_unit(plan, unit, result, journal)
@@ -381,15 +384,17 @@ def _walk_layer(
     """Run, round, put in place, run again; the carries entering layer + 1 are left behind."""
     skeleton = walk.skeleton
     linears = linears_of(plan, layer)
-    routed = RoutedInputs(plan.opened.spec.num_experts_of(layer))
+    sets = rounder.expert_sets(linears)
     current: list[Batch] = []
+    watching: list[ExpertInputs] = []
 
     def keep(record: RoutedBatch) -> None:
-        routed.add(record, current[0])
+        watching[0].add(record, current[0])
 
-    has_experts = bool(experts_of(linears))
-    skeleton.load_layer(layer, keep if has_experts else None)
+    skeleton.load_layer(layer, keep if sets else None)
     skeleton.prefetch_layer(layer + 1)
+    again = partial(walk.pass_through, layer, current, keep_output=False)
+    watching.append(_expert_inputs(plan, rounder, walk, layer, sets, again))
     modules = {
         linear.module: module
         for linear in linears
@@ -403,45 +408,38 @@ def _walk_layer(
         walk.pass_through(layer, current, keep_output=not compressed)
     result = LayerRounding()
     rounder.round_linears(linears, inputs, result)
-    activate = skeleton.experts[layer].activate if layer in skeleton.experts else None
-    rounder.round_experts(linears, routed if has_experts else None, activate, result)
+    loaded = skeleton.experts.get(layer)
+    rounder.round_experts(sets, watching[0], loaded, result)
+    rounder.count_experts(sets, watching[0], result)
     if compressed:
-        put_in_place(plan, skeleton, layer, modules, linears, result)
-        if layer in skeleton.experts:
-            skeleton.experts[layer].observe = None
+        for name, module in modules.items():  # experts are in place
+            value = rounder.decoded(name, result).to(skeleton.device, skeleton.dtype)
+            module.get_parameter("weight").data = value
+        if loaded is not None:
+            loaded.observe = None
         walk.pass_through(layer, current, keep_output=True)
     skeleton.unload_layer(layer)
     walk.hidden_states.forget_from_ram(layer)
     return result
 
 
-def put_in_place(
+def _expert_inputs(
     plan: QuantizePlan,
-    skeleton: Skeleton,
+    rounder: LayerRounder,
+    walk: LayerWalk,
     layer: int,
-    modules: Mapping[str, torch.nn.Module],
-    linears: Sequence[Linear],
-    result: LayerRounding,
-) -> None:
-    """Decoded rounded weights instead of the layer's own, in compute dtype."""
-
-    def decoded(module: str) -> torch.Tensor:
-        scheme = plan.schemes[module]
-        assert scheme is not None
-        value = dequantize(result.quantized[module], scheme)
-        return value.to(skeleton.device, skeleton.dtype)
-
-    for name, module in modules.items():
-        weight = module.get_parameter("weight")
-        weight.data = decoded(name)
-    if layer not in skeleton.experts:
-        return
-    weights = skeleton.experts[layer].weights
-    assert weights is not None
-    for expert, parts in experts_of(linears).items():
-        if plan.schemes[parts.up.module] is None:
-            continue
-        up = torch.cat([decoded(one.module) for one in (parts.gate, parts.up) if one is not None])
-        down = decoded(parts.down.module)
-        weights.up[expert].copy_(up.T if weights.transposed else up)
-        weights.down[expert].copy_(down.T if weights.transposed else down)
+    sets: Sequence[Mapping[int, ExpertLinears]],
+    again: Callable[[], None],
+) -> ExpertInputs:
+    """What watches the layer's experts: sums on a GPU, the inputs themselves elsewhere."""
+    num_experts = plan.opened.spec.num_experts_of(layer)
+    if not has_kernels(rounder.device):
+        return RoutedInputs(num_experts)
+    return ExpertSums(
+        [list(one) for one in sets],
+        num_experts,
+        with_hessian=rounder.experts_solved(sets),
+        num_tokens=walk.num_tokens,
+        room=free_bytes(rounder.device) // 2,  # the other half is for running the layer
+        again=again,
+    )
