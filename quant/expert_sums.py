@@ -24,7 +24,7 @@ import torch
 
 from calibration.batches import PADDING, Batch
 from models.experts import RoutedBatch, RoutedExperts
-from quant.hessians import add_products, made_symmetric
+from quant.hessians import add_products, made_symmetric, zero_sums
 from quant.inputs import Fed
 
 KEPT_BYTES = 8 << 30
@@ -128,8 +128,7 @@ class ExpertSums:
             if self.with_hessian:
                 self._make_room(0, pairs.inputs.shape[1], device)
                 if len(self._experts_held()) < self.num_experts:
-                    size = pairs.inputs.shape[1]
-                    self.rest = torch.zeros((1, size, size), device=device)
+                    self.rest = zero_sums(1, pairs.inputs.shape[1], device)
         assert self.largest_E is not None
         self.counts += pairs.end_E - pairs.begin_E
         raise_to_largest(self.largest_E, pairs.inputs, pairs)
@@ -144,8 +143,7 @@ class ExpertSums:
             taken += FLOAT * size * size * len(self.sets[number])
             if self.sums and taken > self.room:
                 break
-            experts = len(self.sets[number])
-            self.sums[number] = torch.zeros((experts, size, size), device=device)
+            self.sums[number] = zero_sums(len(self.sets[number]), size, device)
 
     def _add_set(self, number: int, total: torch.Tensor, pairs: Pairs) -> None:
         experts = self.sets[number].to(pairs.begin_E.device)

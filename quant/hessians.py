@@ -14,6 +14,12 @@ from quant.device import has_kernels
 MIRRORED_AT_ONCE = 1024  # rows
 
 
+def zero_sums(groups: int, size: int, device: torch.device) -> torch.Tensor:
+    """float32 [groups, size, size]; begun while a layer runs, to be changed afterwards too."""
+    with torch.inference_mode(False):
+        return torch.zeros((groups, size, size), device=device)
+
+
 def add_products(
     hessian_EKK: torch.Tensor,
     inputs_TK: torch.Tensor,

@@ -27,7 +27,7 @@ from torch import nn
 from calibration.batches import PADDING, Batch
 from models.experts import RoutedBatch, RoutedExperts
 from quant.gptq import isotropic, shrink_hessian
-from quant.hessians import add_products, made_symmetric
+from quant.hessians import add_products, made_symmetric, zero_sums
 
 
 class LinearInputs:
@@ -59,8 +59,7 @@ class LinearInputs:
         self.largest[name] = torch.maximum(self.largest.get(name, largest), largest)
         if self.with_hessian:
             if name not in self.hessian:
-                size = inputs_TK.shape[1]
-                self.hessian[name] = torch.zeros((1, size, size), device=x.device)
+                self.hessian[name] = zero_sums(1, inputs_TK.shape[1], x.device)
             add_products(self.hessian[name], inputs_TK, row_N, ends[0], ends[1])
 
     def sums_of(self, name: str) -> tuple[torch.Tensor | None, int, float]:
