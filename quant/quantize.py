@@ -24,14 +24,13 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from calibration.batches import BATCH_TOKENS, Batch
+from calibration.batches import BATCH_TOKENS
 from calibration.hidden_states import HiddenStates
 from calibration.resume import begin_at, keep_place
 from calibration.stream import LayerWalk, SnapshotClock
 from calibration.tokens import TokenSet
 from models.architecture import ModelSpec
 from models.errors import InputError
-from models.experts import RoutedBatch
 from models.journal import Journal, json_bytes
 from models.manifest import read_manifest, versions, write_manifest
 from models.memory import release_freed_memory
@@ -44,20 +43,14 @@ from models.writer import MAX_SHARD_BYTES, carry_files, write_file
 from quant.config import with_quantization
 from quant.export import Layout, check_export, export_config, extra_files
 from quant.gptq import GptqSettings
-from quant.inputs import LinearInputs, RoutedInputs, watched
-from quant.layer import LayerRounder, LayerRounding, experts_of
+from quant.layer import LayerRounder, LayerRounding
 from quant.linears import Linear, find_linears, head_module
 from quant.output import UnitShards
 from quant.recipes import Recipe, schemes_of
-from quant.schemes import Scheme, dequantize
-from quant.sharing import (
-    InputExchange,
-    SharedRoutedInputs,
-    expert_owners,
-    linear_owners,
-    round_layer,
-)
+from quant.schemes import Scheme
+from quant.sharing import round_layer
 from quant.tensors import OutputTensors
+from quant.walked_layer import walk_layer
 
 Method = Literal["gptq", "rtn"]
 REST = "rest"  # unit of what lies outside the layers
@@ -314,13 +307,15 @@ def run_layers(
             ahead.prepare(layer)
         if in_walk and walk is not None and layer is not None:
             if layer >= begin:
-                last = _walk_layer(plan, rounder, walk, layer, settings)
+                compressed = settings.propagate == "compressed"
+                own = linears_of(plan, layer)
+                last = walk_layer(rounder, walk, layer, own, compressed=compressed)
                 if processes.is_first:
                     _write_unit(plan, unit, last, journal)
                 keep_place(walk, journal, f"hidden {layer}", layer, clock)
         elif not processes.from_first(partial(plan.shards.written, unit, journal)):
             linears = linears_of(plan, layer)
-            result = round_layer(rounder, linears, None, None, None, processes)
+            result = round_layer(rounder, linears, processes)
             if last is not None:
                 borrow_largest(result, last, plan.opened.spec, layer)
             if processes.is_first:
@@ -397,97 +392,3 @@ def summary(journal: Journal) -> dict[str, Any]:
         for unit in journal.units()
         if unit.startswith("rounded ")
     }
-
-
-def _walk_layer(
-    plan: QuantizePlan,
-    rounder: LayerRounder,
-    walk: LayerWalk,
-    layer: int,
-    settings: QuantizeSettings,
-) -> LayerRounding:
-    """Run, round, put in place, run again; the carries entering layer + 1 are left behind."""
-    skeleton, processes = walk.skeleton, walk.processes
-    linears = linears_of(plan, layer)
-    num_experts = plan.opened.spec.num_experts_of(layer)
-    has_experts = bool(experts_of(linears))
-    inputs = LinearInputs(with_hessian=bool(plan.damping))
-    routed = RoutedInputs(num_experts) if has_experts else None
-    exchange = None
-    if processes.size > 1:
-        routed = SharedRoutedInputs(num_experts) if has_experts else None
-        sets = rounder.expert_sets(linears)
-        exchange = InputExchange(
-            processes=processes,
-            device=skeleton.device,
-            owner=linear_owners(linears, processes),
-            owner_E=expert_owners(sets, num_experts, processes),
-            inputs=inputs,
-            routed=routed,
-            pool=bool(plan.damping),
-        )
-    current: list[Batch] = []
-
-    def keep(record: RoutedBatch) -> None:
-        if exchange is not None:
-            exchange.add_routed(record, current[0])
-        elif routed is not None:
-            routed.add(record, current[0])
-
-    skeleton.load_layer(layer, keep if has_experts else None)
-    skeleton.prefetch_layer(layer + 1)
-    modules = {
-        linear.module: module
-        for linear in linears
-        if not linear.is_expert
-        and plan.schemes[linear.module] is not None
-        and (module := skeleton.linear_of(layer, linear.logical)) is not None
-    }
-    compressed = settings.propagate == "compressed"
-    after_round = None if exchange is None else exchange.send
-    with watched(modules, exchange or inputs, current):
-        walk.pass_through(layer, current, keep_output=not compressed, after_round=after_round)
-    if exchange is not None:
-        exchange.finish()
-    activate = skeleton.experts[layer].activate if layer in skeleton.experts else None
-    result = round_layer(rounder, linears, inputs, routed, activate, processes)
-    if compressed:
-        put_in_place(plan, skeleton, layer, modules, linears, result)
-        if layer in skeleton.experts:
-            skeleton.experts[layer].observe = None
-        walk.pass_through(layer, current, keep_output=True)
-    skeleton.unload_layer(layer)
-    walk.hidden_states.forget_from_ram(layer)
-    return result
-
-
-def put_in_place(
-    plan: QuantizePlan,
-    skeleton: Skeleton,
-    layer: int,
-    modules: Mapping[str, torch.nn.Module],
-    linears: Sequence[Linear],
-    result: LayerRounding,
-) -> None:
-    """Decoded rounded weights instead of the layer's own, in compute dtype."""
-
-    def decoded(module: str) -> torch.Tensor:
-        scheme = plan.schemes[module]
-        assert scheme is not None
-        value = dequantize(result.quantized[module], scheme)
-        return value.to(skeleton.device, skeleton.dtype)
-
-    for name, module in modules.items():
-        weight = module.get_parameter("weight")
-        weight.data = decoded(name)
-    if layer not in skeleton.experts:
-        return
-    weights = skeleton.experts[layer].weights
-    assert weights is not None
-    for expert, parts in experts_of(linears).items():
-        if plan.schemes[parts.up.module] is None:
-            continue
-        up = torch.cat([decoded(one.module) for one in (parts.gate, parts.up) if one is not None])
-        down = decoded(parts.down.module)
-        weights.up[expert].copy_(up.T if weights.transposed else up)
-        weights.down[expert].copy_(down.T if weights.transposed else down)

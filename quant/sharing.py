@@ -18,22 +18,22 @@ more to send than rows when a batch is small.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from calibration.batches import PADDING, Batch
-from models.experts import RoutedBatch
+from models.experts import RoutedBatch, RoutedExperts
 from models.processes import Parcel, Processes
-from quant.inputs import LinearInputs, PooledHessian, RoutedInputs, pair_weights
+from quant.inputs import ExpertInputs, LinearInputs, pair_weights
 from quant.layer import ExpertLinears, LayerRounder, LayerRounding
 from quant.linears import Linear
 from quant.schemes import Quantized
+from quant.shared_experts import PAIRS, POOLED, SharedExpertInputs
 
 # What a parcel holds beside the inputs of Linears, which go by the modules' names.
 ROWS, TOKENS, EXPERTS, WEIGHTS = "#rows", "#tokens", "#experts", "#weights"
-POOLED, PAIRS = "#pooled", "#pairs"
 TENSORS = ("codes", "scale", "zero_point", "global_scale")
 
 
@@ -55,49 +55,12 @@ def linear_owners(linears: Sequence[Linear], processes: Processes) -> dict[str, 
 def expert_owners(
     sets: Sequence[Mapping[int, ExpertLinears]], num_experts: int, processes: Processes
 ) -> torch.Tensor:
-    """Which process rounds each expert, int64 [E]; -1 for one that is not rounded."""
-    owner_E = torch.full((num_experts,), -1)
+    """Which process rounds each expert, int64 [E]. One that stays as it is falls to the first: its
+    inputs count in the pooled Hessian."""
+    owner_E = torch.zeros(num_experts, dtype=torch.int64)
     for number, experts in enumerate(sets):
         owner_E[list(experts)] = number % processes.size
     return owner_E
-
-
-class SharedRoutedInputs(RoutedInputs):
-    """Inputs of the experts that this process rounds; counts and pooled Hessian are of all."""
-
-    def __init__(self, num_experts: int) -> None:
-        super().__init__(num_experts)
-        self.all_rows = PooledHessian()
-
-    def add_received(self, parcel: Parcel, device: torch.device) -> None:
-        """One batch's rows, wherever it was run."""
-        rows_ND = parcel[ROWS]
-        record = RoutedBatch(
-            layer=-1,
-            offsets_E=torch.bincount(parcel[EXPERTS], minlength=self.num_experts).cumsum(0),
-            expert_P=parcel[EXPERTS],
-            token_P=parcel[TOKENS],
-            router_weights_P=parcel.get(WEIGHTS, rows_ND.new_empty(0)),
-            inputs_TD=rows_ND,
-            outputs_PD=rows_ND.new_empty(0),
-            weights_applied_to_input=WEIGHTS in parcel,
-        )
-        self.add(record, without_padding(len(rows_ND)))
-        if POOLED in parcel:
-            self.all_rows.add(rows_ND.to(device), parcel[POOLED], int(parcel[PAIRS]))
-
-    def gather(self, processes: Processes, device: torch.device, *, pool: bool) -> None:
-        """After the last batch: what every process must know of all experts."""
-        self.count_E = torch.stack(processes.gather(self.count_E)).sum(0)
-        if pool:
-            own = {POOLED: self.all_rows.mean()} if self.all_rows.pairs else {}
-            (self.mean,) = (
-                parcel[POOLED] for parcel in processes.share(own, device) if POOLED in parcel
-            )
-
-    def pooled(self, device: torch.device) -> torch.Tensor:
-        """As in one process: of all routed tokens of the layer."""
-        return self.mean
 
 
 @dataclass(slots=True)
@@ -105,7 +68,7 @@ class InputExchange:
     """Takes what this process's batch fed to a layer's matrices and brings it to their owners.
 
     `inputs` and `routed` are filled with what this process rounds; `routed` is None where the
-    layer has no experts to round. `pool`: experts lean on the layer's pooled Hessian.
+    layer has no experts to round. `pool`: the last process is to see every expert's rows.
     """
 
     processes: Processes
@@ -113,8 +76,8 @@ class InputExchange:
     owner: Mapping[str, int]  # of Linears
     owner_E: torch.Tensor
     inputs: LinearInputs
-    routed: SharedRoutedInputs | None
     pool: bool
+    routed: SharedExpertInputs | None = None
     last: torch.Tensor | None = None
     entered: list[tuple[list[str], torch.Tensor]] = field(default_factory=list)
     parcels: list[dict[str, torch.Tensor]] = field(init=False)
@@ -164,38 +127,71 @@ class InputExchange:
         self.entered, self.last = [], None
         self.parcels = [{} for _ in range(self.processes.size)]
         for batch in received:
-            for key, rows in batch.items():
-                if not key.startswith("#"):
-                    for name in key.split():
-                        self.inputs.add(name, rows, without_padding(len(rows)))
-            if ROWS in batch:
-                assert self.routed is not None
-                self.routed.add_received(batch, self.device)
+            self._hand_on(batch)
+
+    def _hand_on(self, parcel: Parcel) -> None:
+        """One batch's rows to what takes them in one process alone."""
+        for key, rows in parcel.items():
+            if not key.startswith("#"):
+                for name in key.split():
+                    self.inputs.add(name, rows, without_padding(len(rows)))
+        if ROWS not in parcel:
+            return
+        assert self.routed is not None
+        rows_TD = parcel[ROWS].clone()  # kept perhaps, and the whole message is not to be
+        record = RoutedBatch(
+            layer=-1,
+            offsets_E=torch.bincount(parcel[EXPERTS], minlength=len(self.owner_E)).cumsum(0),
+            expert_P=parcel[EXPERTS],
+            token_P=parcel[TOKENS],
+            router_weights_P=parcel.get(WEIGHTS, rows_TD.new_empty(0)),
+            inputs_TD=rows_TD,
+            outputs_PD=rows_TD.new_empty(0),
+            weights_applied_to_input=WEIGHTS in parcel,
+        )
+        self.routed.add(record, without_padding(len(rows_TD)))
+        if POOLED in parcel:
+            self.routed.add_pooled(rows_TD, parcel)
 
     def finish(self) -> None:
-        """All rounds are over."""
+        """The first pass is over."""
         if self.routed is not None:
-            self.routed.gather(self.processes, self.device, pool=self.pool)
+            self.routed.finish()
+
+    def catch_up(self) -> None:
+        """This process's experts are rounded."""
+        if self.routed is not None:
+            self.routed.catch_up()
 
 
 def round_layer(
     rounder: LayerRounder,
     linears: Sequence[Linear],
-    inputs: LinearInputs | None,
-    routed: RoutedInputs | None,
-    activate: Callable[[torch.Tensor], torch.Tensor] | None,
     processes: Processes,
+    inputs: LinearInputs | None = None,
+    routed: ExpertInputs | None = None,
+    loaded: RoutedExperts | None = None,
+    exchange: InputExchange | None = None,
 ) -> LayerRounding:
-    """All matrices of a layer, each rounded by its owner; `inputs` and `routed` are this
-    process's, None where nothing was run."""
-    own = LayerRounding()
+    """All matrices of a layer, each rounded by its owner; decoded experts replace those `loaded`.
+
+    `inputs` and `routed` are of what this process rounds, None where nothing was run; `exchange`
+    is what filled them, where several processes did.
+    """
+    result = LayerRounding()
     owner = linear_owners(linears, processes)
     rounder.round_linears(
-        [one for one in linears if owner.get(one.module) == processes.rank], inputs, own
+        [one for one in linears if owner.get(one.module) == processes.rank], inputs, result
     )
     sets = rounder.expert_sets(linears)
-    rounder.round_experts(sets[processes.rank :: processes.size], routed, activate, own)
-    result = own if processes.size == 1 else gathered(own, processes, rounder.device)
+    rounder.round_experts(sets[processes.rank :: processes.size], routed, loaded, result)
+    if exchange is not None:
+        exchange.catch_up()
+    if processes.size > 1:
+        result = gathered(result, processes, rounder.device)
+        if loaded is not None:
+            others = [one for n, one in enumerate(sets) if n % processes.size != processes.rank]
+            rounder.put_in_place(others, loaded, result)
     rounder.count_experts(sets, routed, result)
     return result
 
