@@ -8,7 +8,8 @@
 Rounding to nearest in a format without input scales needs no tokens and runs nothing. With
 `propagate="original"` every layer sees the intact model's hidden states and is run once.
 
-What a killed job has written counts: shards are recorded one by one, hidden states in snapshots.
+A layer's shards are written while the next one is computed. What a killed job has written counts:
+shards are recorded one by one, hidden states in snapshots, once everything before them is written.
 Layers after the last snapshot are computed again to the same bytes.
 """
 
@@ -46,7 +47,7 @@ from quant.gptq import GptqSettings
 from quant.inputs import ExpertInputs, LinearInputs, RoutedInputs, watched
 from quant.layer import ExpertLinears, LayerRounder, LayerRounding
 from quant.linears import Linear, find_linears, head_module
-from quant.output import UnitShards
+from quant.output import UnitShards, UnitWriter
 from quant.recipes import Recipe, schemes_of
 from quant.schemes import Scheme
 from quant.tensors import OutputTensors
@@ -277,39 +278,45 @@ def run_layers(
     clock = SnapshotClock()
     units = list(plan.by_unit)
     last: LayerRounding | None = None
-    for number, unit in enumerate(units):
-        layer = None if unit == REST else int(unit.split()[1])
-        in_walk = walk is not None and layer is not None and layer < num_layers
-        if ahead is not None and layer is not None:
-            ahead.prepare(layer)
-        if in_walk and walk is not None and layer is not None:
-            if layer >= begin:
-                last = _walk_layer(plan, rounder, walk, layer, settings)
-                _write_unit(plan, unit, last, journal)
-                if clock.due() or layer == num_layers - 1:
-                    clock_start = time.monotonic()
-                    hidden = walk.hidden_states.snapshot(layer + 1)
-                    journal.record(f"hidden {layer}", hidden=hidden)
-                    walk.hidden_states.forget_before(layer + 1)
-                    clock.took(time.monotonic() - clock_start)
-        elif not plan.shards.written(unit, journal):
-            result = LayerRounding()
-            linears = linears_of(plan, layer)
-            rounder.round_linears(linears, None, result)
-            rounder.round_experts(rounder.expert_sets(linears), None, None, result)
-            if last is not None:
-                borrow_largest(result, last, plan.opened.spec, layer)
-            _write_unit(plan, unit, result, journal)
-        release_freed_memory()
-        progress(
-            Step(
-                job="quantize",
-                done=number + 1,
-                total=len(units),
-                tokens=0 if walk is None or layer is None else (layer + 1) * walk.num_tokens,
-                note=unit,
+    with UnitWriter() as writer:
+        for number, unit in enumerate(units):
+            layer = None if unit == REST else int(unit.split()[1])
+            in_walk = walk is not None and layer is not None and layer < num_layers
+            if ahead is not None and layer is not None:
+                ahead.prepare(layer)
+            if in_walk and walk is not None and layer is not None:
+                if layer >= begin:
+                    last = _walk_layer(plan, rounder, walk, layer, settings)
+                    _write_unit(plan, unit, last, journal, writer)
+                    if clock.due() or layer == num_layers - 1:
+                        writer.wait()  # the snapshot says that everything before it is written
+                        clock_start = time.monotonic()
+                        hidden = walk.hidden_states.snapshot(layer + 1)
+                        journal.record(f"hidden {layer}", hidden=hidden)
+                        walk.hidden_states.forget_before(layer + 1)
+                        clock.took(time.monotonic() - clock_start)
+            elif not plan.shards.written(unit, journal):
+                if walk is None:  # nothing is run between two units: read on while one is rounded
+                    plan.opened.source.prefetch(
+                        plan.by_unit[units[min(number + 1, len(units) - 1)]]
+                    )
+                result = LayerRounding()
+                linears = linears_of(plan, layer)
+                rounder.round_linears(linears, None, result)
+                rounder.round_experts(rounder.expert_sets(linears), None, None, result)
+                if last is not None:
+                    borrow_largest(result, last, plan.opened.spec, layer)
+                _write_unit(plan, unit, result, journal, writer)
+            release_freed_memory()
+            progress(
+                Step(
+                    job="quantize",
+                    done=number + 1,
+                    total=len(units),
+                    tokens=0 if walk is None or layer is None else (layer + 1) * walk.num_tokens,
+                    note=unit,
+                )
             )
-        )
     return summary(journal)
 
 
@@ -330,25 +337,37 @@ def borrow_largest(
         result.largest_input[module] = same
 
 
-def _write_unit(plan: QuantizePlan, unit: str, result: LayerRounding, journal: Journal) -> None:
+def _write_unit(
+    plan: QuantizePlan,
+    unit: str,
+    result: LayerRounding,
+    journal: Journal,
+    writer: UnitWriter,
+) -> None:
+    """Pack what was rounded, and have it written and recorded."""
+    writer.wait()  # one unit in memory besides this one
     made = {
         tensor.name: tensor
         for name in plan.by_unit[unit]
         for tensor in plan.tensors.made(name, result)
     }
-    plan.shards.write(unit, made, journal)
-    if not journal.done(f"rounded {unit}"):
-        worst = sorted(result.errors.items(), key=lambda item: -item[1])[:3]
-        journal.record(
-            f"rounded {unit}",
-            matrices=len(result.quantized),
-            without_tokens=result.without_tokens,
-            few_tokens=result.few_tokens,
-            fell_back=result.fell_back,
-            mean_error=sum(result.errors.values()) / max(1, len(result.errors)),
-            worst=dict(worst),
-            by_kind=errors_by_kind(plan.linears, result.errors),
-        )
+    worst = sorted(result.errors.items(), key=lambda item: -item[1])[:3]
+    facts = {
+        "matrices": len(result.quantized),
+        "without_tokens": result.without_tokens,
+        "few_tokens": result.few_tokens,
+        "fell_back": result.fell_back,
+        "mean_error": sum(result.errors.values()) / max(1, len(result.errors)),
+        "worst": dict(worst),
+        "by_kind": errors_by_kind(plan.linears, result.errors),
+    }
+
+    def write() -> None:
+        plan.shards.write(unit, made, journal)
+        if not journal.done(f"rounded {unit}"):
+            journal.record(f"rounded {unit}", **facts)
+
+    writer.begin(write)
 
 
 def errors_by_kind(
