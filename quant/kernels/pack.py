@@ -2,12 +2,11 @@
 
     pack_codes    b-bit codes, 32 of them as b words, least significant bits first; NVFP4's nibbles
                   are the case of four bits
-    nvfp4         weights -> nibbles and E4M3 scales of 16, by scales given or the plain ones
+    nvfp4         weights and the scales of their blocks of 16 -> nibbles
     fp8_blocks    weights -> E4M3 codes and float32 scales of blocks of 128 x 128
 
-The last two take weights as they are stored (bfloat16, float32, or E4M3 with block scales), so
-that FP8 becomes NVFP4 without a copy in between. Divisions are those of IEEE: the bytes are the
-ones that quant/rounding.py gives on a CPU.
+Divisions are those of IEEE: the bytes are the ones that quant/rounding.py and quant/format.py
+give on a CPU.
 """
 
 from __future__ import annotations
@@ -69,14 +68,11 @@ def pack_codes_kernel(
 @triton.jit
 def nvfp4_kernel(
     weight_ptr,  # [batch, rows, columns]
-    block_ptr,  # float32 [batch, ceil(rows / 128), ceil(columns / 128)], used where BLOCKS
     divisor_ptr,  # float32 [batch]
-    scale_ptr,  # uint8 [batch, rows, columns / 16]: read where GIVEN, else written
+    scale_ptr,  # float8_e4m3fn as bytes, [batch, rows, columns / 16]
     packed_ptr,  # uint8 [batch, rows, columns / 2]
     rows,
     columns,
-    BLOCKS: tl.constexpr,
-    GIVEN: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
@@ -84,37 +80,20 @@ def nvfp4_kernel(
     row_R = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(0) * GROUPS
     column = first * 16 + tl.arange(0, GROUPS * 16)
-    inside = (row_R < rows)[:, None] & (column < columns)[None, :]
     line_R = batch * rows + row_R
-    weight = tl.load(
-        weight_ptr + line_R[:, None] * columns + column[None, :], mask=inside, other=0.0
-    )
-    weight = weight.to(tl.float32)
-    if BLOCKS:
-        down, across = (rows + 127) // 128, (columns + 127) // 128
-        block = (batch * down + tl.program_id(1) * ROWS // 128) * across + first * 16 // 128
-        weight *= tl.load(block_ptr + block)  # a tile lies in one block
+    inside = (row_R < rows)[:, None] & (column < columns)[None, :]
+    place = line_R[:, None] * columns + column[None, :]
+    weight = tl.load(weight_ptr + place, mask=inside, other=0.0).to(tl.float32)
     weight = tl.reshape(weight, (ROWS, GROUPS, 16))
-    divisor = tl.load(divisor_ptr + batch)
     group = first + tl.arange(0, GROUPS)
-    place = line_R[:, None] * (columns // 16) + group[None, :]
-    there = (row_R < rows)[:, None] & (group < columns // 16)[None, :]
-    if GIVEN:
-        code = tl.load(scale_ptr + place, mask=there, other=1).to(tl.int32)
-        normal = ((code << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-        scale = tl.where(code < 8, code.to(tl.float32) * 0.001953125, normal)
-    else:
-        amax = tl.max(tl.abs(weight), axis=2)
-        step = tl.where(amax > 0, tl.div_rn(amax, amax * 0 + 6.0), 1.0)
-        scale = tl.minimum(tl.maximum(step * divisor, 0.001953125), 448.0)
-        bits = scale.to(tl.int32, bitcast=True)  # to three bits of mantissa, ties to even
-        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
-        small = (scale * 512.0 + MAGIC) - MAGIC
-        code = tl.where(scale < 0.015625, small.to(tl.int32), bits - 960)
-        normal = (bits << 20).to(tl.float32, bitcast=True)
-        scale = tl.where(scale < 0.015625, small * 0.001953125, normal)
-        tl.store(scale_ptr + place, code.to(tl.uint8), mask=there)
-    step = tl.div_rn(scale, scale * 0 + divisor)
+    code = tl.load(
+        scale_ptr + line_R[:, None] * (columns // 16) + group[None, :],
+        mask=(row_R < rows)[:, None] & (group < columns // 16)[None, :],
+        other=1,
+    ).to(tl.int32)
+    scale = ((code << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    scale = tl.where(code < 8, code.to(tl.float32) * 0.001953125, scale)  # subnormal
+    step = tl.div_rn(scale, scale * 0 + tl.load(divisor_ptr + batch))
     inverse = tl.div_rn(step * 0 + 1.0, step)
     ratio = divided(weight, step[:, :, None], inverse[:, :, None])
     size = tl.minimum(tl.abs(ratio), 6.0)
@@ -182,42 +161,26 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def nvfp4(
-    weight_BNK: torch.Tensor,
-    divisor_B: torch.Tensor,
-    *,
-    scale_BNG: torch.Tensor | None = None,
-    block_BRC: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nibbles uint8 [B, N, K / 2] and scales float8_e4m3fn [B, N, K / 16] of contiguous weights
-    in bfloat16 or float32, or E4M3 with the scales `block_BRC` of their 128 x 128 blocks.
-
-    Scales are the given ones or, left out, those that map each largest magnitude to 6.
-    """
+    weight_BNK: torch.Tensor, divisor_B: torch.Tensor, scale_BNG: torch.Tensor
+) -> torch.Tensor:
+    """Nibbles uint8 [B, N, K / 2] of weights in bfloat16 or float32 under the float8_e4m3fn scales
+    [B, N, K / 16] of their blocks."""
     batch, rows, columns = weight_BNK.shape
-    given = scale_BNG is not None
-    device = weight_BNK.device
-    if scale_BNG is None:
-        scale_BNG = torch.empty(
-            (batch, rows, columns // 16), dtype=torch.float8_e4m3fn, device=device
-        )
-    packed = torch.empty((batch, rows, columns // 2), dtype=torch.uint8, device=device)
+    packed = torch.empty((batch, rows, columns // 2), dtype=torch.uint8, device=weight_BNK.device)
     tile_rows, groups = 32, 8
     grid = (triton.cdiv(columns, groups * 16), triton.cdiv(rows, tile_rows), batch)
     nvfp4_kernel[grid](
         weight_BNK.contiguous(),
-        divisor_B if block_BRC is None else block_BRC.contiguous(),
         divisor_B.float().contiguous(),
         scale_BNG.contiguous().view(torch.uint8),
         packed,
         rows,
         columns,
-        BLOCKS=block_BRC is not None,
-        GIVEN=given,
         ROWS=tile_rows,
         GROUPS=groups,
         num_warps=4,
     )
-    return packed, scale_BNG
+    return packed
 
 
 def fp8_blocks(weight_BNK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
