@@ -40,7 +40,6 @@ from models.progress import Progress, Step, silent
 from models.skeleton import Skeleton
 from models.writer import MAX_SHARD_BYTES, carry_files, write_file
 from quant.config import with_quantization
-from quant.device import has_kernels
 from quant.expert_sums import ExpertSums
 from quant.export import Layout, check_export, export_config, extra_files
 from quant.gptq import GptqSettings
@@ -54,6 +53,7 @@ from quant.tensors import OutputTensors
 
 Method = Literal["gptq", "rtn"]
 REST = "rest"  # unit of what lies outside the layers
+SUMMED_ON = ("cuda",)  # where experts' Hessians are summed while a layer runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -452,7 +452,7 @@ def _expert_inputs(
 ) -> ExpertInputs:
     """What watches the layer's experts: sums on a GPU, the inputs themselves elsewhere."""
     num_experts = plan.opened.spec.num_experts_of(layer)
-    if not has_kernels(rounder.device):
+    if rounder.device.type not in SUMMED_ON:
         return RoutedInputs(num_experts)
     return ExpertSums(
         [list(one) for one in sets],
