@@ -1,9 +1,9 @@
-"""From codes or weights to stored bytes, each weight read once.
+"""From weights to codes under steps that are given, and from codes to stored bytes, in one pass.
 
+    round_codes   weights and the steps of their groups -> integer codes or NVFP4's nibbles
+    fp8_blocks    weights -> E4M3 codes and float32 scales of blocks of 128 x 128
     pack_codes    b-bit codes, 32 of them as b words, least significant bits first; NVFP4's nibbles
                   are the case of four bits
-    nvfp4         weights and the scales of their blocks of 16 -> nibbles
-    fp8_blocks    weights -> E4M3 codes and float32 scales of blocks of 128 x 128
 
 Divisions are those of IEEE: the bytes are the ones that quant/rounding.py and quant/format.py
 give on a CPU.
@@ -15,8 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
-MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and taking it away rounds, ties to even
+from quant.grid import Grid
+from quant.kernels.grid import kind_of, nearest
+
 GROUPS = 128  # of 32 codes in a program
+TILE_ROWS, TILE_COLUMNS = 32, 128
 
 
 @triton.jit
@@ -66,49 +69,44 @@ def pack_codes_kernel(
 
 
 @triton.jit
-def nvfp4_kernel(
-    weight_ptr,  # [batch, rows, columns]
-    divisor_ptr,  # float32 [batch]
-    scale_ptr,  # float8_e4m3fn as bytes, [batch, rows, columns / 16]
-    packed_ptr,  # uint8 [batch, rows, columns / 2]
-    rows,
+def round_codes_kernel(
+    weight_ptr,  # [lines, columns]
+    step_ptr,  # float32 [lines, columns / SIZE]
+    zero_ptr,  # float32, as steps: zero points where KIND is 1
+    codes_ptr,  # int8 or uint8 [lines, columns]
+    lines,
     columns,
+    levels,
+    KIND: tl.constexpr,  # quant/kernels/grid.py
+    SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    batch = tl.program_id(2).to(tl.int64)
-    row_R = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    first = tl.program_id(0) * GROUPS
-    column = first * 16 + tl.arange(0, GROUPS * 16)
-    line_R = batch * rows + row_R
-    inside = (row_R < rows)[:, None] & (column < columns)[None, :]
+    line_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1) * GROUPS
+    column = first * SIZE + tl.arange(0, GROUPS * SIZE)
+    inside = (line_R < lines)[:, None] & (column < columns)[None, :]
     place = line_R[:, None] * columns + column[None, :]
     weight = tl.load(weight_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.reshape(weight, (ROWS, GROUPS, 16))
+    weight = tl.reshape(weight, (ROWS, GROUPS, SIZE))
     group = first + tl.arange(0, GROUPS)
-    code = tl.load(
-        scale_ptr + line_R[:, None] * (columns // 16) + group[None, :],
-        mask=(row_R < rows)[:, None] & (group < columns // 16)[None, :],
-        other=1,
-    ).to(tl.int32)
-    scale = ((code << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-    scale = tl.where(code < 8, code.to(tl.float32) * 0.001953125, scale)  # subnormal
-    step = tl.div_rn(scale, scale * 0 + tl.load(divisor_ptr + batch))
+    at = line_R[:, None] * (columns // SIZE) + group[None, :]
+    there = (line_R < lines)[:, None] & (group < columns // SIZE)[None, :]
+    step = tl.load(step_ptr + at, mask=there, other=1.0)
     inverse = tl.div_rn(step * 0 + 1.0, step)
     ratio = divided(weight, step[:, :, None], inverse[:, :, None])
-    size = tl.minimum(tl.abs(ratio), 6.0)
-    index = (tl.minimum(size, 2.0) * 2.0 + MAGIC) - MAGIC
-    index += (tl.minimum(tl.maximum(size, 2.0), 4.0) - 2.0 + MAGIC) - MAGIC
-    index += ((tl.maximum(size, 4.0) - 4.0) * 0.5 + MAGIC) - MAGIC
-    nibble = index.to(tl.int32) + tl.where((ratio < 0) & (index > 0), 8, 0)
-    pair = tl.reshape(nibble, (ROWS, GROUPS * 8, 2))
-    byte = tl.sum(pair << (4 * tl.arange(0, 2))[None, None, :], axis=2)
-    half = first * 8 + tl.arange(0, GROUPS * 8)
-    tl.store(
-        packed_ptr + line_R[:, None] * (columns // 2) + half[None, :],
-        byte.to(tl.uint8),
-        mask=(row_R < rows)[:, None] & (half < columns // 2)[None, :],
-    )
+    if KIND == 2:
+        value = nearest(ratio, 0.0, 0.0, KIND)
+        size = tl.abs(value)
+        index = tl.where(size < 2, size * 2, tl.where(size < 4, size + 2, size * 0.5 + 4))
+        code = index + tl.where(value < 0, 8.0, 0.0)
+    elif KIND == 1:
+        zero = tl.load(zero_ptr + at, mask=there, other=0.0)[:, :, None]
+        code = nearest(ratio, -zero, levels - 1 - zero, KIND) + zero
+    else:
+        code = nearest(ratio, -(levels // 2) * 1.0, (levels // 2 - 1) * 1.0, KIND)
+    code = tl.reshape(code, (ROWS, GROUPS * SIZE))
+    tl.store(codes_ptr + place, code.to(codes_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -160,27 +158,36 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return packed
 
 
-def nvfp4(
-    weight_BNK: torch.Tensor, divisor_B: torch.Tensor, scale_BNG: torch.Tensor
+def round_codes(
+    weight_BNK: torch.Tensor, step_BNG: torch.Tensor, zero_BNG: torch.Tensor | None, grid: Grid
 ) -> torch.Tensor:
-    """Nibbles uint8 [B, N, K / 2] of weights in bfloat16 or float32 under the float8_e4m3fn scales
-    [B, N, K / 16] of their blocks."""
-    batch, rows, columns = weight_BNK.shape
-    packed = torch.empty((batch, rows, columns // 2), dtype=torch.uint8, device=weight_BNK.device)
-    tile_rows, groups = 32, 8
-    grid = (triton.cdiv(columns, groups * 16), triton.cdiv(rows, tile_rows), batch)
-    nvfp4_kernel[grid](
+    """Codes of `Quantized` [B, N, K] of contiguous bfloat16 or float32 weights under float32 steps
+    (and zero points); groups of a power of two."""
+    columns = weight_BNK.shape[-1]
+    size = columns // step_BNG.shape[-1]
+    lines = weight_BNK.numel() // columns
+    signed = grid.scheme.kind == "int" and zero_BNG is None
+    codes = torch.empty(
+        weight_BNK.shape, dtype=torch.int8 if signed else torch.uint8, device=weight_BNK.device
+    )
+    step = step_BNG.contiguous()
+    groups = max(1, TILE_COLUMNS // size)
+    programs = (triton.cdiv(lines, TILE_ROWS), triton.cdiv(columns, groups * size))
+    round_codes_kernel[programs](
         weight_BNK.contiguous(),
-        divisor_B.float().contiguous(),
-        scale_BNG.contiguous().view(torch.uint8),
-        packed,
-        rows,
+        step,
+        step if zero_BNG is None else zero_BNG.contiguous(),
+        codes,
+        lines,
         columns,
-        ROWS=tile_rows,
+        grid.levels,
+        KIND=kind_of(grid),
+        SIZE=size,
+        ROWS=TILE_ROWS,
         GROUPS=groups,
         num_warps=4,
     )
-    return packed
+    return codes
 
 
 def fp8_blocks(weight_BNK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
