@@ -425,6 +425,7 @@ def _walk_layer(
     compressed = settings.propagate == "compressed"
     with watched(modules, inputs, current):
         walk.pass_through(layer, current, keep_output=not compressed)
+    release_freed_memory()  # running a layer and rounding it want memory in other pieces
     result = LayerRounding()
     rounder.round_linears(linears, inputs, result)
     loaded = skeleton.experts.get(layer)
