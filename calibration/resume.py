@@ -58,10 +58,17 @@ def walk_layers(
 
 
 def keep_place(
-    walk: LayerWalk, journal: Journal, unit: str, layer: int, clock: SnapshotClock
+    walk: LayerWalk,
+    journal: Journal,
+    unit: str,
+    layer: int,
+    clock: SnapshotClock,
+    wait: Callable[[], None] = lambda: None,
 ) -> None:
-    """Make `layer` one that a later run goes on behind, when `clock` says so or it is the last."""
+    """Make `layer` one that a later run goes on behind, when `clock` says so or it is the last.
+    After `wait`, everything before it is on the disk."""
     if walk.processes.from_first(clock.due) or layer == walk.num_layers - 1:
+        wait()
         began = time.monotonic()
         journal.record(unit, hidden=walk.snapshot(layer + 1))
         walk.forget_before(layer + 1)

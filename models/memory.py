@@ -29,9 +29,12 @@ _TRIM = _find_trim()
 
 
 def release_freed_memory() -> None:
-    """Return what this process has freed to the operating system, where that can be asked for."""
+    """Return what this process has freed to the operating system, where that can be asked for,
+    and to the GPU."""
     if _TRIM is not None:
         _TRIM(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def free_bytes(device: torch.device) -> int:

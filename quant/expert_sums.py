@@ -33,11 +33,11 @@ FLOAT = 4
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """The real pairs of one batch by expert: pair p's input is row `row_P[p]` of `inputs`, those
-    of expert e are begin_E[e] .. end_E[e]."""
+    """The real pairs of one batch by expert; those of expert e are begin_E[e] .. end_E[e]."""
 
-    inputs: torch.Tensor  # [T, D], or [P, D] where the router weighs inputs
-    row_P: torch.Tensor
+    inputs_TD: torch.Tensor
+    token_P: torch.Tensor
+    weight_P: torch.Tensor | None  # that multiplies the input
     expert_P: torch.Tensor
     begin_E: torch.Tensor
     end_E: torch.Tensor
@@ -45,12 +45,18 @@ class Pairs:
     def to(self, device: torch.device) -> Pairs:
         """The same on `device`."""
         return Pairs(
-            self.inputs.to(device),
-            self.row_P.to(device),
+            self.inputs_TD.to(device),
+            self.token_P.to(device),
+            None if self.weight_P is None else self.weight_P.to(device),
             self.expert_P.to(device),
             self.begin_E.to(device),
             self.end_E.to(device),
         )
+
+    def rows(self) -> torch.Tensor:
+        """The experts' inputs, [P, D]."""
+        inputs_PD = self.inputs_TD[self.token_P]
+        return inputs_PD if self.weight_P is None else inputs_PD * self.weight_P.unsqueeze(-1)
 
 
 def pairs_of(record: RoutedBatch, batch: Batch, num_experts: int) -> Pairs:
@@ -63,11 +69,14 @@ def pairs_of(record: RoutedBatch, batch: Batch, num_experts: int) -> Pairs:
     count_E = torch.zeros(num_experts, dtype=torch.int64, device=token_P.device)
     count_E.scatter_add_(0, expert_P, torch.ones_like(expert_P))
     end_E = count_E.cumsum(0)
-    inputs, row_P = record.inputs_TD, token_P
-    if record.weights_applied_to_input:  # Llama-4: the expert's input is w x
-        inputs = inputs[token_P] * weight_P.unsqueeze(-1)
-        row_P = torch.arange(len(token_P), device=token_P.device)
-    return Pairs(inputs, row_P, expert_P, end_E - count_E, end_E)
+    return Pairs(
+        inputs_TD=record.inputs_TD,
+        token_P=token_P,
+        weight_P=weight_P if record.weights_applied_to_input else None,  # Llama-4
+        expert_P=expert_P,
+        begin_E=end_E - count_E,
+        end_E=end_E,
+    )
 
 
 class ExpertSums:
@@ -97,6 +106,7 @@ class ExpertSums:
         self.counts: torch.Tensor | None = None  # of pairs, int64 [E]
         self.largest_E: torch.Tensor | None = None
         self.sums: dict[int, torch.Tensor] = {}  # set -> [B, D, D], lower triangles
+        self.held_E = torch.zeros(0, dtype=torch.bool)  # experts that had room in the first pass
         self.rest: torch.Tensor | None = None  # [1, D, D] of the experts that had no room
         self.pooled: torch.Tensor | None = None  # a pair's, lower triangle
         self.middle_counts: torch.Tensor | None = None  # of kept pairs
@@ -107,34 +117,36 @@ class ExpertSums:
     def add(self, record: RoutedBatch, batch: Batch) -> None:
         """Take in what one batch's experts got; padding left out."""
         pairs = pairs_of(record, batch, self.num_experts)
+        inputs_PD = pairs.rows()
         if self.first_pass:
-            self._begin_with(pairs)
-            self._keep(pairs)
-        for number, total in self.sums.items():
-            self._add_set(number, total, pairs)
-        if self.rest is not None and self.first_pass:
-            held = torch.zeros(self.num_experts, dtype=torch.bool, device=pairs.row_P.device)
-            held[self._experts_held()] = True
-            row_N = pairs.row_P[~held[pairs.expert_P]]
-            ends = torch.tensor([[0], [len(row_N)]]).to(row_N.device)
-            add_products(self.rest, pairs.inputs, row_N, ends[0], ends[1])
+            self._take_first(pairs, inputs_PD)
+        self._add_sets(inputs_PD, pairs)
 
-    def _begin_with(self, pairs: Pairs) -> None:
-        """Counts and ranges; with the first batch, room for the sums."""
+    def _take_first(self, pairs: Pairs, inputs_PD: torch.Tensor) -> None:
+        """What is taken in the first pass alone: counts, ranges, inputs for down, and the sum
+        over experts without a sum of their own."""
+        device, size = inputs_PD.device, inputs_PD.shape[1]
         if self.counts is None:
-            device = pairs.inputs.device
             self.counts = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
             self.largest_E = torch.zeros(self.num_experts, device=device)
             if self.with_hessian:
-                self._make_room(0, pairs.inputs.shape[1], device)
-                if len(self._experts_held()) < self.num_experts:
-                    self.rest = zero_sums(1, pairs.inputs.shape[1], device)
+                self._make_room(0, size, device)
+                self.held_E = torch.zeros(self.num_experts, dtype=torch.bool, device=device)
+                self.held_E[torch.cat([self.sets[number] for number in self.sums])] = True
+                if not bool(self.held_E.all()):
+                    self.rest = zero_sums(1, size, device)
         assert self.largest_E is not None
         self.counts += pairs.end_E - pairs.begin_E
-        raise_to_largest(self.largest_E, pairs.inputs, pairs)
-
-    def _experts_held(self) -> torch.Tensor:
-        return torch.cat([self.sets[number] for number in self.sums])
+        if pairs.weight_P is None:
+            largest_P = largest_of_rows(pairs.inputs_TD)[pairs.token_P]
+        else:
+            largest_P = largest_of_rows(inputs_PD)
+        self.largest_E.scatter_reduce_(0, pairs.expert_P, largest_P, "amax")
+        self._keep(pairs)
+        if self.rest is not None:
+            rows = inputs_PD[~self.held_E[pairs.expert_P]]
+            ends = torch.tensor([[0], [len(rows)]]).to(device)
+            add_products(self.rest, rows, ends[0], ends[1])
 
     def _make_room(self, start: int, size: int, device: torch.device) -> None:
         """Zero sums for the sets from `start` on, as many as there is room for, one at least."""
@@ -145,14 +157,15 @@ class ExpertSums:
                 break
             self.sums[number] = zero_sums(len(self.sets[number]), size, device)
 
-    def _add_set(self, number: int, total: torch.Tensor, pairs: Pairs) -> None:
-        experts = self.sets[number].to(pairs.begin_E.device)
-        begin_B, end_B = pairs.begin_E[experts], pairs.end_E[experts]
-        add_products(total, pairs.inputs, pairs.row_P, begin_B, end_B)
+    def _add_sets(self, inputs_PK: torch.Tensor, pairs: Pairs) -> None:
+        """Products of the experts' inputs, or of down's, to the sums there are."""
+        for number, total in self.sums.items():
+            experts = self.sets[number].to(inputs_PK.device)
+            add_products(total, inputs_PK, pairs.begin_E[experts], pairs.end_E[experts])
 
     def _keep(self, pairs: Pairs) -> None:
         """The first batch and then every n-th, so that all kinds of samples are among them."""
-        width = pairs.inputs.shape[1] * pairs.inputs.element_size()
+        width = pairs.inputs_TD.shape[1] * pairs.inputs_TD.element_size()
         share = min(1.0, KEPT_BYTES / max(1, width * self.num_tokens))
         if self.batches == 0 or int(self.batches * share) > int((self.batches - 1) * share):
             self.kept.append(pairs.to(torch.device("cpu")) if self.room < KEPT_BYTES else pairs)
@@ -245,23 +258,17 @@ class ExpertSums:
         assert self.middle_largest_E is not None
         for kept in self.kept:
             pairs = kept.to(device)
-            inputs_PD = pairs.inputs[pairs.row_P]
-            middle_PF = loaded.activated(inputs_PD, pairs.expert_P, pairs.end_E)
-            del inputs_PD
-            row_P = torch.arange(len(middle_PF), device=device)
-            own = Pairs(middle_PF, row_P, pairs.expert_P, pairs.begin_E, pairs.end_E)
+            middle_PF = loaded.activated(pairs.rows(), pairs.expert_P, pairs.end_E)
             if first:
                 self.middle_counts += pairs.end_E - pairs.begin_E
-                raise_to_largest(self.middle_largest_E, middle_PF, own)
+                largest_P = largest_of_rows(middle_PF)
+                self.middle_largest_E.scatter_reduce_(0, pairs.expert_P, largest_P, "amax")
             if solved:
                 if not self.sums:
                     self._make_room(start, middle_PF.shape[1], device)
-                for number, total in self.sums.items():
-                    self._add_set(number, total, own)
+                self._add_sets(middle_PF, pairs)
 
 
-def raise_to_largest(largest_E: torch.Tensor, inputs: torch.Tensor, pairs: Pairs) -> None:
-    """Raise each expert's entry to the largest magnitude of its rows."""
-    if len(pairs.row_P):
-        largest_T = inputs.abs().amax(1).float()
-        largest_E.scatter_reduce_(0, pairs.expert_P, largest_T[pairs.row_P], "amax")
+def largest_of_rows(inputs_TK: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude of each row, float32, in one pass."""
+    return torch.linalg.vector_norm(inputs_TK, ord=torch.inf, dim=1).float()

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import torch
 
 from quant.columns import rounded_in_order
+from quant.device import has_kernels
 from quant.factor import damped_factor
 from quant.grid import Grid
 from quant.refine import refine
@@ -105,7 +106,11 @@ def gptq(
 
 
 def energy(rows_BNK: torch.Tensor, hessian_BKK: torch.Tensor) -> torch.Tensor:
-    """r H rᵀ of every row, [B, N]."""
+    """r H rᵀ of every row, [B, N], H symmetric. On a GPU in TF32, each pair of channels once."""
+    if has_kernels(rows_BNK):
+        from quant.kernels.products import energy as by_halves
+
+        return by_halves(rows_BNK, hessian_BKK)
     return ((rows_BNK @ hessian_BKK) * rows_BNK).sum(-1)
 
 

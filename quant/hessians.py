@@ -21,24 +21,19 @@ def zero_sums(groups: int, size: int, device: torch.device) -> torch.Tensor:
 
 
 def add_products(
-    hessian_EKK: torch.Tensor,
-    inputs_TK: torch.Tensor,
-    row_P: torch.Tensor,
-    begin_E: torch.Tensor,
-    end_E: torch.Tensor,
+    hessian_EKK: torch.Tensor, inputs_PK: torch.Tensor, begin_E: torch.Tensor, end_E: torch.Tensor
 ) -> None:
-    """hessian[e] += Σ x xᵀ over rows `row_P[begin_E[e]:end_E[e]]` of `inputs_TK`.
+    """hessian[e] += Σ x xᵀ over rows begin_E[e]:end_E[e] of contiguous `inputs_PK`.
 
     Only lower triangles count until `made_symmetric`.
     """
-    if has_kernels(inputs_TK) and inputs_TK.element_size() == 2:
+    if has_kernels(inputs_PK) and inputs_PK.element_size() == 2:
         from quant.kernels.syrk import add_lower
 
-        inputs_TK = inputs_TK if inputs_TK.stride(-1) == 1 else inputs_TK.contiguous()
-        add_lower(hessian_EKK, inputs_TK, row_P, begin_E, end_E)
+        add_lower(hessian_EKK, inputs_PK, begin_E, end_E)
         return
     for hessian, begin, end in zip(hessian_EKK, begin_E.tolist(), end_E.tolist(), strict=True):
-        rows = inputs_TK[row_P[begin:end]].float()
+        rows = inputs_PK[begin:end].float()
         hessian.addmm_(rows.T, rows)
 
 

@@ -52,15 +52,15 @@ class LinearInputs:
         # counted and listed on the CPU: nothing here waits for the GPU
         row_N = (batch.domain_T != PADDING).nonzero().flatten()
         ends = torch.tensor([[0], [len(row_N)]]).to(x.device)
-        row_N = row_N.to(x.device)
-        inputs_TK = x.reshape(len(batch.domain_T), -1)
-        largest = inputs_TK[row_N].abs().amax().float()
+        rows = x.reshape(len(batch.domain_T), -1)[row_N.to(x.device)]
+        low, high = torch.aminmax(rows)
+        largest = torch.maximum(-low, high).float()
         self.count[name] = self.count.get(name, 0) + len(row_N)
         self.largest[name] = torch.maximum(self.largest.get(name, largest), largest)
         if self.with_hessian:
             if name not in self.hessian:
-                self.hessian[name] = zero_sums(1, inputs_TK.shape[1], x.device)
-            add_products(self.hessian[name], inputs_TK, row_N, ends[0], ends[1])
+                self.hessian[name] = zero_sums(1, rows.shape[1], x.device)
+            add_products(self.hessian[name], rows, ends[0], ends[1])
 
     def sums_of(self, name: str) -> tuple[torch.Tensor | None, int, float]:
         """(Hessian or None, tokens, largest |x|) of a Linear; zeros for one that never ran."""

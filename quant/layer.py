@@ -12,7 +12,8 @@ Legend: B experts rounded together, N tokens of one expert, D hidden, F intermed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +30,7 @@ from quant.schemes import Quantized, Scheme, dequantize
 
 HESSIAN_BYTES_AT_ONCE = 1 << 30
 MOST_AT_ONCE = 32  # experts
+READERS = 4  # threads that read weights for a GPU
 # What the solver holds for an expert beside its Hessian, in Hessians, and of a GPU's memory
 SOLVER_HESSIANS, SOLVER_SHARE = 7, 6
 
@@ -52,6 +54,11 @@ class ExpertLinears:
     gate: Linear | None
     up: Linear
     down: Linear
+
+    @property
+    def ups(self) -> tuple[Linear, ...]:
+        """Gate and up, where there are both: what reads the expert's input."""
+        return (self.up,) if self.gate is None else (self.gate, self.up)
 
 
 def experts_of(linears: Sequence[Linear]) -> dict[int, ExpertLinears]:
@@ -218,8 +225,8 @@ class LayerRounder:
             scheme = self.schemes[up_modules[0]]
             assert scheme is not None
             if scheme.kind.startswith("fp8"):  # no inputs needed; blocks must not be joined
-                for parts in experts.values():
-                    self._round_plainly([parts.gate, parts.up], scheme, result)
+                linears = [linear for parts in experts.values() for linear in parts.ups]
+                self._round_plainly(linears, scheme, result)
             else:
                 self._round_ups(experts, up_modules, scheme, routed, loaded, result)
             if loaded is not None:
@@ -251,13 +258,12 @@ class LayerRounder:
             self._fill_largest(experts, result)
 
     def _round_plainly(
-        self, linears: Sequence[Linear | None], scheme: Scheme, result: LayerRounding
+        self, linears: Sequence[Linear], scheme: Scheme, result: LayerRounding
     ) -> None:
-        for linear in linears:
-            if linear is not None:
-                result.quantized[linear.module] = self._round_one(
-                    linear.module, self.weight(linear), scheme, None, 0, None, result
-                )
+        for linear, weight in zip(linears, self._read(linears), strict=True):
+            result.quantized[linear.module] = self._round_one(
+                linear.module, weight, scheme, None, 0, None, result
+            )
 
     def _round_ups(
         self,
@@ -268,16 +274,15 @@ class LayerRounder:
         loaded: RoutedExperts | None,
         result: LayerRounding,
     ) -> None:
-        weights = [self._up_weight(e, parts, loaded) for e, parts in experts.items()]
+        stacks = [parts.ups for parts in experts.values()]
+        weight_BNK = self._weights(list(experts), stacks, loaded, down=False)
         fed = None
         if routed is not None:
             fed = routed.up(list(experts), self.device, solved=self._solved(up_modules[0]))
-        up_q = self._round_batch(torch.stack(weights), up_modules, fed, result)
+        up_q = self._round_batch(weight_BNK, up_modules, fed, result)
         for index, parts in enumerate(experts.values()):
             begin = 0
-            for linear in (parts.gate, parts.up):
-                if linear is None:
-                    continue
+            for linear in parts.ups:
                 end = begin + linear.shape[0]
                 result.quantized[linear.module] = rows_of(up_q[index], begin, end, scheme)
                 result.largest_input[linear.module] = 0.0 if fed is None else fed.largest_B[index]
@@ -291,38 +296,46 @@ class LayerRounder:
         loaded: RoutedExperts | None,
         result: LayerRounding,
     ) -> None:
-        weights = [self._down_weight(e, parts, loaded) for e, parts in experts.items()]
+        stacks = [[parts.down] for parts in experts.values()]
+        weight_BNK = self._weights(list(experts), stacks, loaded, down=True)
         fed = None
         if routed is not None:
             assert loaded is not None
             solved = self._solved(down_modules[0])
             fed = routed.down(list(experts), loaded, self.device, solved=solved)
-        down_q = self._round_batch(torch.stack(weights), down_modules, fed, result)
+        down_q = self._round_batch(weight_BNK, down_modules, fed, result)
         for index, module in enumerate(down_modules):
             result.quantized[module] = down_q[index]
             result.largest_input[module] = 0.0 if fed is None else fed.largest_B[index]
 
-    def _up_weight(
-        self, expert: int, parts: ExpertLinears, loaded: RoutedExperts | None
+    def _weights(
+        self,
+        experts: Sequence[int],
+        stacks: Sequence[Sequence[Linear]],
+        loaded: RoutedExperts | None,
+        *,
+        down: bool,
     ) -> torch.Tensor:
-        """Gate and up of an expert one below the other, float32.
+        """Float32 weights [B, N, K] of the experts' `stacks`: matrices one below the other.
 
         On a GPU where the layer is loaded its own weights serve, in the type it was run in: to
         read 11 GB of a layer a second time would take as long as to round it.
         """
         if self.device.type == "cuda" and loaded is not None:
-            assert loaded.weights is not None
-            return loaded.weights.up_for_mm[expert].T.float()
-        stack = [parts.gate, parts.up] if parts.gate is not None else [parts.up]
-        return torch.cat([self.weight(linear) for linear in stack])
+            weights = loaded.weights
+            assert weights is not None
+            joined = weights.down_for_mm if down else weights.up_for_mm
+            return joined[list(experts)].mT.float().contiguous()
+        read = self._read([linear for stack in stacks for linear in stack])
+        return torch.stack([torch.cat([next(read) for _ in stack]) for stack in stacks])
 
-    def _down_weight(
-        self, expert: int, parts: ExpertLinears, loaded: RoutedExperts | None
-    ) -> torch.Tensor:
-        if self.device.type == "cuda" and loaded is not None:
-            assert loaded.weights is not None
-            return loaded.weights.down_for_mm[expert].T.float()
-        return self.weight(parts.down)
+    def _read(self, linears: Sequence[Linear]) -> Iterator[torch.Tensor]:
+        """Matrices in float32; for a GPU several are on their way at once."""
+        if self.device.type != "cuda":
+            yield from map(self.weight, linears)
+            return
+        with ThreadPoolExecutor(READERS) as readers:
+            yield from readers.map(self.weight, linears)
 
     def _round_batch(
         self,
@@ -379,14 +392,11 @@ class LayerRounder:
         assert weights is not None
         joined = weights.down_for_mm if down else weights.up_for_mm
         for expert, parts in experts.items():
-            stack = [parts.down] if down else [parts.gate, parts.up]
             begin = 0
-            for linear in stack:
-                if linear is not None:
-                    end = begin + linear.shape[0]
-                    value = self.decoded(linear.module, result)
-                    joined[expert, :, begin:end].copy_(value.T)
-                    begin = end
+            for linear in (parts.down,) if down else parts.ups:
+                end = begin + linear.shape[0]
+                joined[expert, :, begin:end].copy_(self.decoded(linear.module, result).T)
+                begin = end
 
     def decoded(self, module: str, result: LayerRounding) -> torch.Tensor:
         """What a rounded matrix is worth, float32 [out, in]."""

@@ -8,7 +8,8 @@
 Rounding to nearest in a format without input scales needs no tokens and runs nothing. With
 `propagate="original"` every layer sees the intact model's hidden states and is run once.
 
-What a killed job has written counts: shards are recorded one by one, hidden states in snapshots.
+A layer's shards are written while the next one is computed. What a killed job has written counts:
+shards are recorded one by one, hidden states in snapshots, once everything before them is written.
 Layers after the last snapshot are computed again to the same bytes.
 """
 
@@ -45,7 +46,7 @@ from quant.export import Layout, check_export, export_config, extra_files
 from quant.gptq import GptqSettings
 from quant.layer import LayerRounder, LayerRounding
 from quant.linears import Linear, find_linears, head_module
-from quant.output import UnitShards
+from quant.output import UnitShards, UnitWriter
 from quant.recipes import Recipe, schemes_of
 from quant.schemes import Scheme
 from quant.sharing import round_layer
@@ -300,36 +301,40 @@ def run_layers(
     clock = SnapshotClock()
     units = list(plan.by_unit)
     last: LayerRounding | None = None
-    for number, unit in enumerate(units):
-        layer = None if unit == REST else int(unit.split()[1])
-        in_walk = walk is not None and layer is not None and layer < num_layers
-        if ahead is not None and layer is not None:
-            ahead.prepare(layer)
-        if in_walk and walk is not None and layer is not None:
-            if layer >= begin:
-                compressed = settings.propagate == "compressed"
-                own = linears_of(plan, layer)
-                last = walk_layer(rounder, walk, layer, own, compressed=compressed)
+    with UnitWriter() as writer:
+        for number, unit in enumerate(units):
+            layer = None if unit == REST else int(unit.split()[1])
+            in_walk = walk is not None and layer is not None and layer < num_layers
+            if ahead is not None and layer is not None:
+                ahead.prepare(layer)
+            if in_walk and walk is not None and layer is not None:
+                if layer >= begin:
+                    compressed = settings.propagate == "compressed"
+                    own = linears_of(plan, layer)
+                    last = walk_layer(rounder, walk, layer, own, compressed=compressed)
+                    if processes.is_first:
+                        _write_unit(plan, unit, last, journal, writer)
+                    keep_place(walk, journal, f"hidden {layer}", layer, clock, writer.wait)
+            elif not processes.from_first(partial(plan.shards.written, unit, journal)):
+                if walk is None:  # nothing is run between two units: read on while one is rounded
+                    plan.opened.source.prefetch(
+                        plan.by_unit[units[min(number + 1, len(units) - 1)]]
+                    )
+                result = round_layer(rounder, linears_of(plan, layer), processes)
+                if last is not None:
+                    borrow_largest(result, last, plan.opened.spec, layer)
                 if processes.is_first:
-                    _write_unit(plan, unit, last, journal)
-                keep_place(walk, journal, f"hidden {layer}", layer, clock)
-        elif not processes.from_first(partial(plan.shards.written, unit, journal)):
-            linears = linears_of(plan, layer)
-            result = round_layer(rounder, linears, processes)
-            if last is not None:
-                borrow_largest(result, last, plan.opened.spec, layer)
-            if processes.is_first:
-                _write_unit(plan, unit, result, journal)
-        release_freed_memory()
-        progress(
-            Step(
-                job="quantize",
-                done=number + 1,
-                total=len(units),
-                tokens=0 if walk is None or layer is None else (layer + 1) * walk.num_tokens,
-                note=unit,
+                    _write_unit(plan, unit, result, journal, writer)
+            release_freed_memory()
+            progress(
+                Step(
+                    job="quantize",
+                    done=number + 1,
+                    total=len(units),
+                    tokens=0 if walk is None or layer is None else (layer + 1) * walk.num_tokens,
+                    note=unit,
+                )
             )
-        )
 
 
 def linears_of(plan: QuantizePlan, layer: int | None) -> list[Linear]:
@@ -349,26 +354,38 @@ def borrow_largest(
         result.largest_input[module] = same
 
 
-def _write_unit(plan: QuantizePlan, unit: str, result: LayerRounding, journal: Journal) -> None:
+def _write_unit(
+    plan: QuantizePlan,
+    unit: str,
+    result: LayerRounding,
+    journal: Journal,
+    writer: UnitWriter,
+) -> None:
+    """Pack what was rounded, and have it written and recorded."""
+    writer.wait()  # one unit in memory besides this one
     made = {
         tensor.name: tensor
         for name in plan.by_unit[unit]
         for tensor in plan.tensors.made(name, result)
     }
-    plan.shards.write(unit, made, journal)
-    if not journal.done(f"rounded {unit}"):
-        # sorted and summed so that the order of rounding, which processes share, does not show
-        worst = sorted(result.errors.items(), key=lambda item: (-item[1], item[0]))[:3]
-        journal.record(
-            f"rounded {unit}",
-            matrices=len(result.quantized),
-            without_tokens=result.without_tokens,
-            few_tokens=result.few_tokens,
-            fell_back=sorted(result.fell_back),
-            mean_error=math.fsum(result.errors.values()) / max(1, len(result.errors)),
-            worst=dict(worst),
-            by_kind=errors_by_kind(plan.linears, result.errors),
-        )
+    # sorted and summed so that the order of rounding, which processes share, does not show
+    worst = sorted(result.errors.items(), key=lambda item: (-item[1], item[0]))[:3]
+    facts = {
+        "matrices": len(result.quantized),
+        "without_tokens": result.without_tokens,
+        "few_tokens": result.few_tokens,
+        "fell_back": sorted(result.fell_back),
+        "mean_error": math.fsum(result.errors.values()) / max(1, len(result.errors)),
+        "worst": dict(worst),
+        "by_kind": errors_by_kind(plan.linears, result.errors),
+    }
+
+    def write() -> None:
+        plan.shards.write(unit, made, journal)
+        if not journal.done(f"rounded {unit}"):
+            journal.record(f"rounded {unit}", **facts)
+
+    writer.begin(write)
 
 
 def errors_by_kind(

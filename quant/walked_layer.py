@@ -8,14 +8,15 @@ from functools import partial
 from calibration.batches import Batch
 from calibration.stream import LayerWalk
 from models.experts import RoutedBatch
-from models.memory import free_bytes
-from quant.device import has_kernels
+from models.memory import free_bytes, release_freed_memory
 from quant.expert_sums import ExpertSums
 from quant.inputs import ExpertInputs, LinearInputs, RoutedInputs, watched
 from quant.layer import ExpertLinears, LayerRounder, LayerRounding
 from quant.linears import Linear
 from quant.shared_experts import SharedExpertInputs, SharedExpertSums, SharedRoutedInputs
 from quant.sharing import InputExchange, expert_owners, linear_owners, round_layer
+
+SUMMED_ON = ("cuda",)  # where experts' Hessians are summed while a layer runs
 
 Sets = Sequence[Mapping[int, ExpertLinears]]
 
@@ -63,6 +64,7 @@ def walk_layer(
         walk.pass_through(layer, current, keep_output=not compressed, after_round=after_round)
     if exchange is not None:
         exchange.finish()
+    release_freed_memory()  # running a layer and rounding it want memory in other pieces
     loaded = skeleton.experts.get(layer)
     routed = watching[0] if watching else None
     result = round_layer(rounder, linears, processes, inputs, routed, loaded, exchange)
@@ -83,7 +85,7 @@ def expert_inputs(
 ) -> ExpertInputs:
     """What watches the layer's experts: sums on a GPU, the inputs themselves elsewhere."""
     num_experts = walk.skeleton.spec.num_experts_of(layer)
-    if not has_kernels(rounder.device):
+    if rounder.device.type not in SUMMED_ON:
         return RoutedInputs(num_experts)
     return ExpertSums(
         [list(one) for one in sets],
@@ -100,7 +102,7 @@ def shared_expert_inputs(
 ) -> SharedExpertInputs:
     """The same for the experts that this one of several processes rounds."""
     processes, num_experts = walk.processes, walk.skeleton.spec.num_experts_of(layer)
-    if not has_kernels(rounder.device):
+    if rounder.device.type not in SUMMED_ON:
         return SharedRoutedInputs(num_experts, processes, rounder.device)
     return SharedExpertSums(
         [list(one) for one in sets[processes.rank :: processes.size]],
@@ -129,5 +131,5 @@ def exchange_of(
         owner=linear_owners(linears, walk.processes),
         owner_E=expert_owners(sets, num_experts, walk.processes),
         inputs=inputs,
-        pool=rounder.experts_solved(sets) and not has_kernels(rounder.device),
+        pool=rounder.experts_solved(sets) and rounder.device.type not in SUMMED_ON,
     )

@@ -1,13 +1,12 @@
-"""From codes or weights to stored bytes, each weight read once.
+"""From weights to codes under steps that are given, and from codes to stored bytes, in one pass.
 
+    round_codes   weights and the steps of their groups -> integer codes or NVFP4's nibbles
+    fp8_blocks    weights -> E4M3 codes and float32 scales of blocks of 128 x 128
     pack_codes    b-bit codes, 32 of them as b words, least significant bits first; NVFP4's nibbles
                   are the case of four bits
-    nvfp4         weights -> nibbles and E4M3 scales of 16, by scales given or the plain ones
-    fp8_blocks    weights -> E4M3 codes and float32 scales of blocks of 128 x 128
 
-The last two take weights as they are stored (bfloat16, float32, or E4M3 with block scales), so
-that FP8 becomes NVFP4 without a copy in between. Divisions are those of IEEE: the bytes are the
-ones that quant/rounding.py gives on a CPU.
+Divisions are those of IEEE: the bytes are the ones that quant/rounding.py and quant/format.py
+give on a CPU.
 """
 
 from __future__ import annotations
@@ -16,8 +15,19 @@ import torch
 import triton
 import triton.language as tl
 
-MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and taking it away rounds, ties to even
+from quant.grid import Grid
+from quant.kernels.grid import kind_of, nearest
+
 GROUPS = 128  # of 32 codes in a program
+TILE_ROWS, TILE_COLUMNS = 32, 128
+
+
+@triton.jit
+def divided(x, by, inverse):
+    """x / by as IEEE rounds it, `inverse` being 1 / by rounded: three instructions instead of a
+    dozen where many x are divided by one number."""
+    ratio = x * inverse
+    return tl.fma(tl.fma(-ratio, by, x), inverse, ratio)
 
 
 @triton.jit
@@ -39,80 +49,64 @@ def pack_codes_kernel(
     there = (row_G < rows)[:, None] & (column < columns)
     code = tl.load(codes_ptr + row_G[:, None] * columns + column, mask=there, other=0)
     code = (code.to(tl.int32) + tl.where(there, offset, 0)) & ((1 << BITS) - 1)
-    for word in tl.static_range(BITS):
-        shift = (index * BITS - word * 32)[None, :]
-        inside = (shift > -BITS) & (shift < 32)
-        up = code << tl.minimum(tl.maximum(shift, 0), 31)
-        down = code >> tl.minimum(tl.maximum(-shift, 0), 31)
-        part = tl.where(inside, tl.where(shift < 0, down, up), 0)
-        place = at_G * BITS + word
-        total = tl.sum(part, axis=1)  # no two codes share a bit
-        tl.store(words_ptr + row_G * words + place, total, mask=(row_G < rows) & (place < words))
+    if 32 % BITS == 0:
+        shift = BITS * tl.arange(0, 32 // BITS)[None, None, :]
+        total = tl.sum(tl.reshape(code, (GROUPS, BITS, 32 // BITS)) << shift, axis=2)
+        place = at_G[:, None] * BITS + tl.arange(0, BITS)[None, :]
+        mask = (row_G < rows)[:, None] & (place < words)
+        tl.store(words_ptr + row_G[:, None] * words + place, total, mask=mask)
+    else:
+        for word in tl.static_range(BITS):
+            shift = (index * BITS - word * 32)[None, :]
+            inside = (shift > -BITS) & (shift < 32)
+            up = code << tl.minimum(tl.maximum(shift, 0), 31)
+            down = code >> tl.minimum(tl.maximum(-shift, 0), 31)
+            part = tl.where(inside, tl.where(shift < 0, down, up), 0)
+            total = tl.sum(part, axis=1)  # no two codes share a bit
+            place = at_G * BITS + word
+            mask = (row_G < rows) & (place < words)
+            tl.store(words_ptr + row_G * words + place, total, mask=mask)
 
 
 @triton.jit
-def nvfp4_kernel(
-    weight_ptr,  # [batch, rows, columns]
-    block_ptr,  # float32 [batch, ceil(rows / 128), ceil(columns / 128)], used where BLOCKS
-    divisor_ptr,  # float32 [batch]
-    scale_ptr,  # uint8 [batch, rows, columns / 16]: read where GIVEN, else written
-    packed_ptr,  # uint8 [batch, rows, columns / 2]
-    rows,
+def round_codes_kernel(
+    weight_ptr,  # [lines, columns]
+    step_ptr,  # float32 [lines, columns / SIZE]
+    zero_ptr,  # float32, as steps: zero points where KIND is 1
+    codes_ptr,  # int8 or uint8 [lines, columns]
+    lines,
     columns,
-    BLOCKS: tl.constexpr,
-    GIVEN: tl.constexpr,
+    levels,
+    KIND: tl.constexpr,  # quant/kernels/grid.py
+    SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    batch = tl.program_id(2).to(tl.int64)
-    row_R = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    first = tl.program_id(0) * GROUPS
-    column = first * 16 + tl.arange(0, GROUPS * 16)
-    inside = (row_R < rows)[:, None] & (column < columns)[None, :]
-    line_R = batch * rows + row_R
-    weight = tl.load(
-        weight_ptr + line_R[:, None] * columns + column[None, :], mask=inside, other=0.0
-    )
-    weight = weight.to(tl.float32)
-    if BLOCKS:
-        down, across = (rows + 127) // 128, (columns + 127) // 128
-        block = (batch * down + row_R // 128)[:, None] * across + (column // 128)[None, :]
-        weight *= tl.load(block_ptr + block, mask=inside, other=0.0)
-    weight = tl.reshape(weight, (ROWS, GROUPS, 16))
-    divisor = tl.load(divisor_ptr + batch)
+    line_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1) * GROUPS
+    column = first * SIZE + tl.arange(0, GROUPS * SIZE)
+    inside = (line_R < lines)[:, None] & (column < columns)[None, :]
+    place = line_R[:, None] * columns + column[None, :]
+    weight = tl.load(weight_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.reshape(weight, (ROWS, GROUPS, SIZE))
     group = first + tl.arange(0, GROUPS)
-    place = line_R[:, None] * (columns // 16) + group[None, :]
-    there = (row_R < rows)[:, None] & (group < columns // 16)[None, :]
-    if GIVEN:
-        code = tl.load(scale_ptr + place, mask=there, other=1).to(tl.int32)
-        normal = ((code << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-        scale = tl.where(code < 8, code.to(tl.float32) * 0.001953125, normal)
+    at = line_R[:, None] * (columns // SIZE) + group[None, :]
+    there = (line_R < lines)[:, None] & (group < columns // SIZE)[None, :]
+    step = tl.load(step_ptr + at, mask=there, other=1.0)
+    inverse = tl.div_rn(step * 0 + 1.0, step)
+    ratio = divided(weight, step[:, :, None], inverse[:, :, None])
+    if KIND == 2:
+        value = nearest(ratio, 0.0, 0.0, KIND)
+        size = tl.abs(value)
+        index = tl.where(size < 2, size * 2, tl.where(size < 4, size + 2, size * 0.5 + 4))
+        code = index + tl.where(value < 0, 8.0, 0.0)
+    elif KIND == 1:
+        zero = tl.load(zero_ptr + at, mask=there, other=0.0)[:, :, None]
+        code = nearest(ratio, -zero, levels - 1 - zero, KIND) + zero
     else:
-        amax = tl.max(tl.abs(weight), axis=2)
-        step = tl.where(amax > 0, tl.div_rn(amax, amax * 0 + 6.0), 1.0)
-        scale = tl.minimum(tl.maximum(step * divisor, 0.001953125), 448.0)
-        bits = scale.to(tl.int32, bitcast=True)  # to three bits of mantissa, ties to even
-        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
-        small = (scale * 512.0 + MAGIC) - MAGIC
-        code = tl.where(scale < 0.015625, small.to(tl.int32), bits - 960)
-        normal = (bits << 20).to(tl.float32, bitcast=True)
-        scale = tl.where(scale < 0.015625, small * 0.001953125, normal)
-        tl.store(scale_ptr + place, code.to(tl.uint8), mask=there)
-    step = tl.div_rn(scale, scale * 0 + divisor)
-    ratio = tl.div_rn(weight, weight * 0 + step[:, :, None])
-    size = tl.minimum(tl.abs(ratio), 6.0)
-    index = (tl.minimum(size, 2.0) * 2.0 + MAGIC) - MAGIC
-    index += (tl.minimum(tl.maximum(size, 2.0), 4.0) - 2.0 + MAGIC) - MAGIC
-    index += ((tl.maximum(size, 4.0) - 4.0) * 0.5 + MAGIC) - MAGIC
-    nibble = index.to(tl.int32) + tl.where((ratio < 0) & (index > 0), 8, 0)
-    pair = tl.reshape(nibble, (ROWS, GROUPS * 8, 2))
-    byte = tl.sum(pair << (4 * tl.arange(0, 2))[None, None, :], axis=2)
-    half = first * 8 + tl.arange(0, GROUPS * 8)
-    tl.store(
-        packed_ptr + line_R[:, None] * (columns // 2) + half[None, :],
-        byte.to(tl.uint8),
-        mask=(row_R < rows)[:, None] & (half < columns // 2)[None, :],
-    )
+        code = nearest(ratio, -(levels // 2) * 1.0, (levels // 2 - 1) * 1.0, KIND)
+    code = tl.reshape(code, (ROWS, GROUPS * SIZE))
+    tl.store(codes_ptr + place, code.to(codes_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -132,7 +126,7 @@ def fp8_blocks_kernel(
     amax = tl.max(tl.max(tl.abs(weight), axis=1), axis=0)
     step = tl.div_rn(amax, amax * 0 + 448.0)
     step = tl.where(step > 0, step, 1.0)
-    ratio = tl.div_rn(weight, weight * 0 + step)
+    ratio = divided(weight, step, tl.div_rn(step * 0 + 1.0, step))
     ratio = tl.minimum(tl.maximum(ratio, -448.0), 448.0)
     tl.store(codes_ptr + place, ratio.to(tl.float8e4nv), mask=inside)
     block = (batch * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0)
@@ -164,43 +158,36 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return packed
 
 
-def nvfp4(
-    weight_BNK: torch.Tensor,
-    divisor_B: torch.Tensor,
-    *,
-    scale_BNG: torch.Tensor | None = None,
-    block_BRC: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nibbles uint8 [B, N, K / 2] and scales float8_e4m3fn [B, N, K / 16] of contiguous weights
-    in bfloat16 or float32, or E4M3 with the scales `block_BRC` of their 128 x 128 blocks.
-
-    Scales are the given ones or, left out, those that map each largest magnitude to 6.
-    """
-    batch, rows, columns = weight_BNK.shape
-    given = scale_BNG is not None
-    device = weight_BNK.device
-    if scale_BNG is None:
-        scale_BNG = torch.empty(
-            (batch, rows, columns // 16), dtype=torch.float8_e4m3fn, device=device
-        )
-    packed = torch.empty((batch, rows, columns // 2), dtype=torch.uint8, device=device)
-    tile_rows, groups = 32, 8
-    grid = (triton.cdiv(columns, groups * 16), triton.cdiv(rows, tile_rows), batch)
-    nvfp4_kernel[grid](
+def round_codes(
+    weight_BNK: torch.Tensor, step_BNG: torch.Tensor, zero_BNG: torch.Tensor | None, grid: Grid
+) -> torch.Tensor:
+    """Codes of `Quantized` [B, N, K] of contiguous bfloat16 or float32 weights under float32 steps
+    (and zero points); groups of a power of two."""
+    columns = weight_BNK.shape[-1]
+    size = columns // step_BNG.shape[-1]
+    lines = weight_BNK.numel() // columns
+    signed = grid.scheme.kind == "int" and zero_BNG is None
+    codes = torch.empty(
+        weight_BNK.shape, dtype=torch.int8 if signed else torch.uint8, device=weight_BNK.device
+    )
+    step = step_BNG.contiguous()
+    groups = max(1, TILE_COLUMNS // size)
+    programs = (triton.cdiv(lines, TILE_ROWS), triton.cdiv(columns, groups * size))
+    round_codes_kernel[programs](
         weight_BNK.contiguous(),
-        divisor_B if block_BRC is None else block_BRC.contiguous(),
-        divisor_B.float().contiguous(),
-        scale_BNG.contiguous().view(torch.uint8),
-        packed,
-        rows,
+        step,
+        step if zero_BNG is None else zero_BNG.contiguous(),
+        codes,
+        lines,
         columns,
-        BLOCKS=block_BRC is not None,
-        GIVEN=given,
-        ROWS=tile_rows,
+        grid.levels,
+        KIND=kind_of(grid),
+        SIZE=size,
+        ROWS=TILE_ROWS,
         GROUPS=groups,
         num_warps=4,
     )
-    return packed, scale_BNG
+    return codes
 
 
 def fp8_blocks(weight_BNK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
