@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from models.launch import keep_one_gpu
 from models.opening import open_model
+from models.processes import labels_of, packed, unpacked
 from quant import walked_layer
 from tests.distributed.runs import Ended, Run, run_all
 from tests.kills import files
@@ -225,3 +228,36 @@ def test_hessians_summed_as_on_gpus(before: Callable[[int], None], tmp_path: Pat
             other = found["thresher.json"]["rounding"][unit]
             assert other["matrices"] == facts["matrices"]
             assert other["mean_error"] == pytest.approx(facts["mean_error"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({}, None),
+        ({"WORLD_SIZE": "1", "LOCAL_RANK": "0"}, None),
+        ({"WORLD_SIZE": "4", "LOCAL_RANK": "3"}, "3"),
+        ({"WORLD_SIZE": "4", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "2,5"}, "5"),
+        ({"WORLD_SIZE": "4", "LOCAL_RANK": "2", "CUDA_VISIBLE_DEVICES": "2,5"}, ""),
+        ({"WORLD_SIZE": "4", "LOCAL_RANK": "2", "CUDA_VISIBLE_DEVICES": "7"}, "7"),
+    ],
+)
+def test_each_process_sees_its_own_gpu(given: dict[str, str], kept: str | None) -> None:
+    keep_one_gpu(given)
+    assert given.get("CUDA_VISIBLE_DEVICES") == kept
+
+
+def test_parcels_keep_types_shapes_and_bits() -> None:
+    parcel = {
+        "empty": torch.empty(0, 7),
+        "number": torch.tensor(5),
+        "odd": torch.randn(3, 5).bfloat16(),
+        "float8": torch.randn(9).to(torch.float8_e4m3fn),
+        "view": torch.randn(6, 4).double().T,
+        "flags": torch.tensor([True, False, True]),
+    }
+    device = torch.device("cpu")
+    found = unpacked(packed(parcel, device), labels_of(parcel))
+    for name, tensor in parcel.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].shape == tensor.shape
+        assert found[name].float().equal(tensor.float())
