@@ -180,21 +180,25 @@ class ExpertSums:
             return torch.zeros(self.num_experts, dtype=torch.int64)
         return self.counts.cpu()
 
+    def summed(self) -> torch.Tensor:
+        """The Hessian of all pairs together, while all sums are there; lower triangle [D, D]."""
+        parts = [total.sum(0) for total in self.sums.values()]
+        if self.rest is not None:
+            parts.append(self.rest[0])
+        whole = parts[0]
+        for part in parts[1:]:
+            whole += part
+        self.rest = None
+        return whole
+
     def _end_first_pass(self) -> None:
-        """The pooled Hessian, while all sums are there."""
+        """The pooled Hessian."""
         if not self.first_pass:
             return
         self.first_pass = False
         if self.with_hessian:
             assert self.counts is not None
-            parts = [total.sum(0) for total in self.sums.values()]
-            if self.rest is not None:
-                parts.append(self.rest[0])
-            pooled = parts[0]
-            for part in parts[1:]:
-                pooled += part
-            self.pooled = pooled.div_(self.counts.sum().clamp(min=1))
-            self.rest = None
+            self.pooled = self.summed().div_(self.counts.sum().clamp(min=1))
 
     def up(self, experts: Sequence[int], device: torch.device, *, solved: bool) -> Fed:
         """What gate and up of a set were fed. Sums are given up: once for each set, in order."""

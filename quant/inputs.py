@@ -77,9 +77,16 @@ class LinearInputs:
         )
 
 
+class TakesInputs(Protocol):
+    """`LinearInputs`, or what brings inputs to those of other processes (quant/sharing.py)."""
+
+    def add(self, name: str, x: torch.Tensor, batch: Batch) -> None:
+        """One batch's input [..., K] of a Linear."""
+
+
 @contextmanager
 def watched(
-    linears: Mapping[str, nn.Module], inputs: LinearInputs, batch: list[Batch]
+    linears: Mapping[str, nn.Module], inputs: TakesInputs, batch: list[Batch]
 ) -> Iterator[None]:
     """While open, inputs of `linears` are added for the batch that `batch` holds."""
 
@@ -164,7 +171,7 @@ class RoutedInputs:
         self.inputs: list[torch.Tensor] = []  # [T, D] of each batch, on the CPU
         # (expert, token, weight that multiplied the input or None) of real pairs, by expert
         self.pairs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
-        self._pooled: torch.Tensor | None = None
+        self.mean: torch.Tensor | None = None  # the pooled Hessian
 
     def add(self, record: RoutedBatch, batch: Batch) -> None:
         """Keep what one batch's experts got; padding left out."""
@@ -189,13 +196,13 @@ class RoutedInputs:
 
     def pooled(self, device: torch.device) -> torch.Tensor:
         """The Hessian a routed token of this layer has on average, made on `device`."""
-        if self._pooled is None:
+        if self.mean is None:
             pooled = PooledHessian()
             for x_TD, (_, token_P, weight_P) in zip(self.inputs, self.pairs, strict=True):
                 weight_T = pair_weights(token_P, weight_P, len(x_TD))
                 pooled.add(x_TD.to(device), weight_T, len(token_P))
-            self._pooled = pooled.mean()
-        return self._pooled
+            self.mean = pooled.mean()
+        return self.mean
 
     def up(self, experts: Sequence[int], device: torch.device, *, solved: bool) -> Fed:
         """See `ExpertInputs`."""

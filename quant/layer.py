@@ -368,6 +368,17 @@ class LayerRounder:
                 result.fell_back.append(module)
         return solved.quantized
 
+    def put_in_place(
+        self,
+        sets: Sequence[Mapping[int, ExpertLinears]],
+        loaded: RoutedExperts,
+        result: LayerRounding,
+    ) -> None:
+        """Decoded rounded weights instead of the experts' own: of sets that others rounded."""
+        for experts in sets:
+            for down in (False, True):
+                self._put_in_place(experts, loaded, result, down=down)
+
     def _put_in_place(
         self,
         experts: Mapping[int, ExpertLinears],

@@ -15,8 +15,9 @@ Layers after the last snapshot are computed again to the same bytes.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,36 +25,36 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from calibration.batches import BATCH_TOKENS, Batch
+from calibration.batches import BATCH_TOKENS
 from calibration.hidden_states import HiddenStates
-from calibration.resume import begin_at
+from calibration.resume import begin_at, keep_place
 from calibration.stream import LayerWalk, SnapshotClock
 from calibration.tokens import TokenSet
 from models.architecture import ModelSpec
 from models.errors import InputError
-from models.experts import RoutedBatch
 from models.journal import Journal, json_bytes
 from models.manifest import read_manifest, versions, write_manifest
-from models.memory import free_bytes, release_freed_memory
+from models.memory import release_freed_memory
 from models.opening import OpenModel, compute_device, compute_dtype
+from models.processes import ALONE, Processes
 from models.progress import Progress, Step, silent
+from models.shared_journal import open_journal
 from models.skeleton import Skeleton
 from models.writer import MAX_SHARD_BYTES, carry_files, write_file
 from quant.config import with_quantization
-from quant.expert_sums import ExpertSums
 from quant.export import Layout, check_export, export_config, extra_files
 from quant.gptq import GptqSettings
-from quant.inputs import ExpertInputs, LinearInputs, RoutedInputs, watched
-from quant.layer import ExpertLinears, LayerRounder, LayerRounding
+from quant.layer import LayerRounder, LayerRounding
 from quant.linears import Linear, find_linears, head_module
 from quant.output import UnitShards, UnitWriter
 from quant.recipes import Recipe, schemes_of
 from quant.schemes import Scheme
+from quant.sharing import round_layer
 from quant.tensors import OutputTensors
+from quant.walked_layer import walk_layer
 
 Method = Literal["gptq", "rtn"]
 REST = "rest"  # unit of what lies outside the layers
-SUMMED_ON = ("cuda",)  # where experts' Hessians are summed while a layer runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,11 +166,13 @@ def quantize(
     ahead: Ahead | None = None,
     force: bool = False,
     progress: Progress = silent,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Write `opened` quantized by `recipe` to `out` and return the manifest.
 
     `ahead` makes layers of `opened` readable before they are needed (a source that is pruned on
-    the way); what it was asked to do is part of the job.
+    the way); what it was asked to do is part of the job. Called in each of several `processes`,
+    it deals batches and matrices among them (quant/sharing.py); the first one writes.
 
     Killed at any moment and called again, it goes on and ends with the same bytes. Raises
     InputError for conflicts between model, recipe and method, and for a folder that is not ours.
@@ -199,34 +202,53 @@ def quantize(
         "versions": versions(),
         **(ahead.job if ahead is not None else {}),
     }
-    with Journal.open(out, job, force) as journal:
+    with open_journal(out, job, force, processes) as journal:
         if journal.complete:
             return read_manifest(out)
-        plan.shards.check(journal)
-        write_config(plan, journal)
+        processes.from_first(lambda: begin_output(plan, journal))
         if ahead is not None:
             ahead.begin(journal)
         walk = None
         if runs and tokens is not None:
             skeleton = Skeleton(opened.source, dtype=plan.dtype, device=device)
             states = HiddenStates(journal.folder / "hidden", settings.memory)
-            walk = LayerWalk(skeleton, tokens, states, batch_tokens)
-        report = run_layers(plan, walk, settings, device, journal, progress, ahead)
-        if ahead is not None:
-            ahead.finish(journal)
-        plan.shards.write_index(journal)
-        facts = {
-            "source": {
-                "path": str(opened.checkpoint.root.resolve()),
-                "digest": opened.checkpoint.digest(),
-            },
-            "family": opened.spec.family,
-            "inputs": dict(inputs or {}),
-            "recipe": recipe.to_json(),
-            "total_size": plan.shards.total_size,
-            "rounding": report,
-        }
-        return write_manifest(journal, started, facts)
+            walk = LayerWalk(skeleton, tokens, states, batch_tokens, processes=processes)
+        run_layers(plan, walk, settings, device, journal, progress, ahead, processes)
+        return processes.from_first(
+            lambda: end_output(plan, journal, started, dict(inputs or {}), ahead)
+        )
+
+
+def begin_output(plan: QuantizePlan, journal: Journal) -> None:
+    """What is written and checked before the first layer."""
+    plan.shards.check(journal)
+    write_config(plan, journal)
+
+
+def end_output(
+    plan: QuantizePlan,
+    journal: Journal,
+    started: float,
+    inputs: Mapping[str, Any],
+    ahead: Ahead | None,
+) -> dict[str, Any]:
+    """What is written behind the last layer; the manifest."""
+    if ahead is not None:
+        ahead.finish(journal)
+    plan.shards.write_index(journal)
+    opened = plan.opened
+    facts = {
+        "source": {
+            "path": str(opened.checkpoint.root.resolve()),
+            "digest": opened.checkpoint.digest(),
+        },
+        "family": opened.spec.family,
+        "inputs": inputs,
+        "recipe": plan.recipe.to_json(),
+        "total_size": plan.shards.total_size,
+        "rounding": summary(journal),
+    }
+    return write_manifest(journal, started, facts)
 
 
 def needs_tokens(plan: QuantizePlan) -> bool:
@@ -264,7 +286,8 @@ def run_layers(
     journal: Journal,
     progress: Progress,
     ahead: Ahead | None,
-) -> dict[str, Any]:
+    processes: Processes,
+) -> None:
     """Round and write every unit; the loop of the module's docstring."""
     rounder = LayerRounder(
         plan.opened.source,
@@ -286,27 +309,22 @@ def run_layers(
                 ahead.prepare(layer)
             if in_walk and walk is not None and layer is not None:
                 if layer >= begin:
-                    last = _walk_layer(plan, rounder, walk, layer, settings)
-                    _write_unit(plan, unit, last, journal, writer)
-                    if clock.due() or layer == num_layers - 1:
-                        writer.wait()  # the snapshot says that everything before it is written
-                        clock_start = time.monotonic()
-                        hidden = walk.hidden_states.snapshot(layer + 1)
-                        journal.record(f"hidden {layer}", hidden=hidden)
-                        walk.hidden_states.forget_before(layer + 1)
-                        clock.took(time.monotonic() - clock_start)
-            elif not plan.shards.written(unit, journal):
+                    compressed = settings.propagate == "compressed"
+                    own = linears_of(plan, layer)
+                    last = walk_layer(rounder, walk, layer, own, compressed=compressed)
+                    if processes.is_first:
+                        _write_unit(plan, unit, last, journal, writer)
+                    keep_place(walk, journal, f"hidden {layer}", layer, clock, writer.wait)
+            elif not processes.from_first(partial(plan.shards.written, unit, journal)):
                 if walk is None:  # nothing is run between two units: read on while one is rounded
-                    plan.opened.source.prefetch(
-                        plan.by_unit[units[min(number + 1, len(units) - 1)]]
-                    )
-                result = LayerRounding()
+                    following = units[min(number + 1, len(units) - 1)]
+                    plan.opened.source.prefetch(plan.by_unit[following])
                 linears = linears_of(plan, layer)
-                rounder.round_linears(linears, None, result)
-                rounder.round_experts(rounder.expert_sets(linears), None, None, result)
+                result = round_layer(rounder, linears, processes)
                 if last is not None:
                     borrow_largest(result, last, plan.opened.spec, layer)
-                _write_unit(plan, unit, result, journal, writer)
+                if processes.is_first:
+                    _write_unit(plan, unit, result, journal, writer)
             release_freed_memory()
             progress(
                 Step(
@@ -317,7 +335,6 @@ def run_layers(
                     note=unit,
                 )
             )
-    return summary(journal)
 
 
 def linears_of(plan: QuantizePlan, layer: int | None) -> list[Linear]:
@@ -351,13 +368,14 @@ def _write_unit(
         for name in plan.by_unit[unit]
         for tensor in plan.tensors.made(name, result)
     }
-    worst = sorted(result.errors.items(), key=lambda item: -item[1])[:3]
+    # sorted and summed so that the order of rounding, which processes share, does not show
+    worst = sorted(result.errors.items(), key=lambda item: (-item[1], item[0]))[:3]
     facts = {
         "matrices": len(result.quantized),
         "without_tokens": result.without_tokens,
         "few_tokens": result.few_tokens,
-        "fell_back": result.fell_back,
-        "mean_error": sum(result.errors.values()) / max(1, len(result.errors)),
+        "fell_back": sorted(result.fell_back),
+        "mean_error": math.fsum(result.errors.values()) / max(1, len(result.errors)),
         "worst": dict(worst),
         "by_kind": errors_by_kind(plan.linears, result.errors),
     }
@@ -379,7 +397,7 @@ def errors_by_kind(
     for module, error in errors.items():
         found.setdefault(f"{kinds[module]} {module.rpartition('.')[2]}", []).append(error)
     return {
-        kind: {"matrices": len(own), "mean": sum(own) / len(own), "max": max(own)}
+        kind: {"matrices": len(own), "mean": math.fsum(own) / len(own), "max": max(own)}
         for kind, own in sorted(found.items())
     }
 
@@ -391,75 +409,3 @@ def summary(journal: Journal) -> dict[str, Any]:
         for unit in journal.units()
         if unit.startswith("rounded ")
     }
-
-
-def _walk_layer(
-    plan: QuantizePlan,
-    rounder: LayerRounder,
-    walk: LayerWalk,
-    layer: int,
-    settings: QuantizeSettings,
-) -> LayerRounding:
-    """Run, round, put in place, run again; the carries entering layer + 1 are left behind."""
-    skeleton = walk.skeleton
-    linears = linears_of(plan, layer)
-    sets = rounder.expert_sets(linears)
-    current: list[Batch] = []
-    watching: list[ExpertInputs] = []
-
-    def keep(record: RoutedBatch) -> None:
-        watching[0].add(record, current[0])
-
-    skeleton.load_layer(layer, keep if sets else None)
-    skeleton.prefetch_layer(layer + 1)
-    again = partial(walk.pass_through, layer, current, keep_output=False)
-    watching.append(_expert_inputs(plan, rounder, walk, layer, sets, again))
-    modules = {
-        linear.module: module
-        for linear in linears
-        if not linear.is_expert
-        and plan.schemes[linear.module] is not None
-        and (module := skeleton.linear_of(layer, linear.logical)) is not None
-    }
-    inputs = LinearInputs(with_hessian=bool(plan.damping))
-    compressed = settings.propagate == "compressed"
-    with watched(modules, inputs, current):
-        walk.pass_through(layer, current, keep_output=not compressed)
-    release_freed_memory()  # running a layer and rounding it want memory in other pieces
-    result = LayerRounding()
-    rounder.round_linears(linears, inputs, result)
-    loaded = skeleton.experts.get(layer)
-    rounder.round_experts(sets, watching[0], loaded, result)
-    rounder.count_experts(sets, watching[0], result)
-    if compressed:
-        for name, module in modules.items():  # experts are in place
-            value = rounder.decoded(name, result).to(skeleton.device, skeleton.dtype)
-            module.get_parameter("weight").data = value
-        if loaded is not None:
-            loaded.observe = None
-        walk.pass_through(layer, current, keep_output=True)
-    skeleton.unload_layer(layer)
-    walk.hidden_states.forget_from_ram(layer)
-    return result
-
-
-def _expert_inputs(
-    plan: QuantizePlan,
-    rounder: LayerRounder,
-    walk: LayerWalk,
-    layer: int,
-    sets: Sequence[Mapping[int, ExpertLinears]],
-    again: Callable[[], None],
-) -> ExpertInputs:
-    """What watches the layer's experts: sums on a GPU, the inputs themselves elsewhere."""
-    num_experts = plan.opened.spec.num_experts_of(layer)
-    if rounder.device.type not in SUMMED_ON:
-        return RoutedInputs(num_experts)
-    return ExpertSums(
-        [list(one) for one in sets],
-        num_experts,
-        with_hessian=rounder.experts_solved(sets),
-        num_tokens=walk.num_tokens,
-        room=free_bytes(rounder.device) // 2,  # the other half is for running the layer
-        again=again,
-    )

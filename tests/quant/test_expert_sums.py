@@ -188,8 +188,8 @@ def test_whole_job_with_sums(family: str, tmp_path: Path, monkeypatch: pytest.Mo
     errors = {}
     for name in ("inputs", "sums"):
         if name == "sums":
-            monkeypatch.setattr("quant.quantize.SUMMED_ON", ("cpu",))
-            monkeypatch.setattr("quant.quantize.free_bytes", lambda _: 100_000)
+            monkeypatch.setattr("quant.walked_layer.SUMMED_ON", ("cpu",))
+            monkeypatch.setattr("quant.walked_layer.free_bytes", lambda _: 100_000)
         manifest = quantize(model, recipe, tmp_path / name, QuantizeSettings(), tokens=tokens)
         assert verify_checkpoint(tmp_path / name, model.checkpoint.root).ok
         errors[name] = [

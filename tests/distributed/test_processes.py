@@ -1,0 +1,183 @@
+"""Several gloo processes share a job and end with the bytes of one process alone."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from models.opening import open_model
+from tests.distributed.runs import Ended, Run, run_all
+from tests.kills import files
+from tests.tiny import tiny_model
+from tests.token_sets import random_token_set
+
+SMALL = ["--batch-tokens", "64", "--quiet"]
+
+
+def model_and_tokens(folder: Path, family: str, **settings: object) -> list[str]:
+    """MODEL --tokens FILE of a tiny model and seven batches of tokens, uneven and padded."""
+    folder.mkdir(exist_ok=True)
+    model = tiny_model(family, folder / "model", **settings)
+    vocabulary = open_model(model).spec.text["vocab_size"]
+    lengths = (60, 33, 31, 2, 50, 41, 20, 17, 60, 9)
+    tokens = random_token_set(vocabulary, lengths, (0, 1) * 5)
+    tokens.save(folder / "tokens.safetensors")
+    return [str(model), "--tokens", str(folder / "tokens.safetensors")]
+
+
+def assert_all_wrote_the_same(folder: Path, *names: str) -> None:
+    wanted = files(folder / names[0])
+    for name in names[1:]:
+        found = files(folder / name)
+        assert found.keys() == wanted.keys()
+        for file in wanted:
+            assert found[file] == wanted[file], f"{name}/{file}"
+
+
+CASES: dict[str, tuple[str, dict[str, object], list[str]]] = {
+    # spilled hidden states, an MTP layer
+    "score-damage": ("deepseek_v32", {}, ["score", "--damage", "--memory", "20KB"]),
+    "score-weighted-inputs": ("llama4", {}, ["score"]),
+    # more experts than are rounded together
+    "quantize-many-experts": (
+        "qwen3_moe",
+        {"num_experts": 80, "dtype": "bfloat16"},
+        ["quantize", "--scheme", "W3A16", "--group-size", "8"],
+    ),
+    "quantize-weighted-inputs": (
+        "llama4",
+        {},
+        ["quantize", "--scheme", "W4A16", "--group-size", "8"],
+    ),
+    "quantize-nvfp4": (
+        "qwen3_moe",
+        {},
+        ["quantize", "--scheme", "NVFP4", "--propagate", "original"],
+    ),
+    "quantize-rtn": (
+        "qwen3_moe",
+        {"num_experts": 80},
+        ["quantize", "--scheme", "FP8_DYNAMIC", "--method", "rtn"],
+    ),
+    "compress": (
+        "deepseek_v32",
+        {"fp8": True, "n_routed_experts": 96},
+        ["compress", "--keep", "72", "--scheme", "W3A16", "--group-size", "8"],
+    ),
+    "compress-output-error": (
+        "qwen3_moe",
+        {},
+        ["compress", "--keep", "4", "--criterion", "output-error", "--scheme", "FP8_DYNAMIC"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def shared_jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Ended]]]:
+    """Every case in one, two and three processes: its folder and how they ended."""
+    folder = tmp_path_factory.mktemp("shared")
+    runs = []
+    for case, (family, settings, command) in CASES.items():
+        given = model_and_tokens(folder / case, family, **settings)
+        arguments = [command[0], *given, *command[1:], *SMALL]
+        runs += [
+            Run(size=size, arguments=[*arguments, "-o", str(folder / case / f"by{size}")])
+            for size in (1, 2, 3)
+        ]
+    ended = iter(run_all(*runs))
+    return folder, {case: [next(ended), next(ended), next(ended)] for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_and_three_processes_write_what_one_writes(
+    case: str, shared_jobs: tuple[Path, dict[str, list[Ended]]]
+) -> None:
+    folder, by_case = shared_jobs
+    for size, ended in enumerate(by_case[case], start=1):
+        assert ended.codes == [0] * size, ended.stderr
+        assert ended.stderr == [""] * size
+        assert ended.stdout[0]
+        assert ended.stdout[1:] == [""] * (size - 1)
+    assert_all_wrote_the_same(folder / case, "by1", "by2", "by3")
+
+
+def job(folder: Path, command: str, *options: str) -> list[str]:
+    """A command line on a model of six layers, so that a kill falls among them; -o is missing."""
+    given = model_and_tokens(folder, "qwen3_moe", num_hidden_layers=6)
+    return [command, *given, *options, *SMALL]
+
+
+def assert_one_line(ended: Ended, code: int, *words: str) -> None:
+    """One process ended with `code` and one `error:` line, the others with 1 and none; soon."""
+    lines = "".join(ended.stderr).splitlines()
+    assert len(lines) == 1, ended.stderr
+    assert lines[0].startswith("error: ")
+    assert all(word in lines[0] for word in words), lines[0]
+    assert sorted(ended.codes, reverse=True) == sorted((code, *[1] * (len(ended.codes) - 1)))[::-1]
+    assert "".join(ended.stdout) == ""
+    assert ended.seconds < 30
+
+
+@pytest.mark.parametrize(
+    ("units", "sizes", "command"),
+    [
+        (1, ((2, 2), (2, 3), (3, 1)), ("score", "--memory", "20KB")),
+        (6, ((2, 3), (1, 2)), ("quantize", "--scheme", "W4A16", "--group-size", "16")),
+    ],
+    ids=["score", "quantize"],
+)
+def test_killed_and_resumed_by_any_number_of_processes(
+    units: int, sizes: tuple[tuple[int, int], ...], command: tuple[str, ...], tmp_path: Path
+) -> None:
+    arguments = job(tmp_path, *command)
+    names = {f"{before}then{after}": (before, after) for before, after in sizes}
+    runs = [Run(size=1, arguments=[*arguments, "-o", str(tmp_path / "whole")])]
+    for name, (before, after) in names.items():
+        to = [*arguments, "-o", str(tmp_path / name)]
+        runs.append(Run(size=before, arguments=to, kill=list(range(before)), units=units))
+        runs.append(Run(size=after, arguments=to))
+    for run, ended in zip(runs, run_all(*runs), strict=True):
+        assert ended.codes == [-signal.SIGKILL if run.kill else 0] * run.size, ended.stderr
+    assert_all_wrote_the_same(tmp_path, "whole", *names)
+
+
+def test_a_killed_process_ends_the_others(tmp_path: Path) -> None:
+    arguments = [*job(tmp_path, "score"), "-o", str(tmp_path / "out")]
+    (ended,) = run_all(Run(size=3, arguments=arguments, kill=[1]))
+    assert ended.codes[1] == -signal.SIGKILL
+    rest = Ended(
+        codes=[ended.codes[0], ended.codes[2]],
+        stdout=ended.stdout,
+        stderr=ended.stderr,
+        seconds=ended.seconds,
+    )
+    assert_one_line(rest, 1, "another process", "run the same command again")
+
+
+def test_an_error_of_one_process_ends_all_with_its_line(tmp_path: Path) -> None:
+    """The second process's hidden states are bent on the disk; only it can notice."""
+    out = tmp_path / "out"
+    arguments = [*job(tmp_path, "score", "--memory", "1KB"), "-o", str(out)]
+    run_all(Run(size=2, arguments=arguments, kill=[0, 1]))
+    for path in (out / ".thresher" / "hidden").glob("layer_*/batch_00001.safetensors"):
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    (ended,) = run_all(Run(size=2, arguments=arguments))
+    assert_one_line(ended, 2, "batch_00001.safetensors", "is not what this job wrote", "--force")
+    assert ended.codes == [1, 2]
+
+
+def test_processes_with_different_jobs_are_refused(tmp_path: Path) -> None:
+    arguments = [*job(tmp_path, "score"), "-o", str(tmp_path / "out")]
+    wrong = Run(size=2, arguments=arguments, more={"1": ["--dtype", "bfloat16"]})
+    unfit = Run(size=2, arguments=[*arguments, "--device", "cuda:1"])
+    other = Run(size=2, arguments=["verify", str(tmp_path / "model"), "-o", "x"])
+    different, device, command = run_all(wrong, unfit, other)
+    assert_one_line(different, 2, "process 1", "another dtype", "process 0")
+    assert_one_line(device, 2, "--device cuda:1")
+    assert not (tmp_path / "out").exists()
+    assert command.codes == [2, 2]
+    assert "".join(command.stderr).startswith("error: verify works in one process")
