@@ -63,12 +63,14 @@ def keep_place(
     unit: str,
     layer: int,
     clock: SnapshotClock,
-    wait: Callable[[], None] = lambda: None,
+    settle: Callable[[], None] = lambda: None,
 ) -> None:
     """Make `layer` one that a later run goes on behind, when `clock` says so or it is the last.
-    After `wait`, everything before it is on the disk."""
+
+    `settle` returns when what belongs to the layers up to it is on the disk.
+    """
     if walk.processes.from_first(clock.due) or layer == walk.num_layers - 1:
-        wait()
+        settle()
         began = time.monotonic()
         journal.record(unit, hidden=walk.snapshot(layer + 1))
         walk.forget_before(layer + 1)

@@ -93,6 +93,7 @@ def gptq(
     step_BGN = step_BNG.mT.contiguous()
     zero_BGN = None if zero_BNG is None else zero_BNG.mT.contiguous()
     values_BKN, _ = rounded_in_order(weight_BKN, step_BGN, zero_BGN, factor, grid)
+    del factor  # as large as the Hessian
     if settings.sweeps and scheme.kind in ("int", "nvfp4"):
         refine(weight_BKN, values_BKN, step_BGN, zero_BGN, damped, grid, settings.sweeps)
     step_BNG = step_BGN.mT

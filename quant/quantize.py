@@ -317,10 +317,10 @@ def run_layers(
                     keep_place(walk, journal, f"hidden {layer}", layer, clock, writer.wait)
             elif not processes.from_first(partial(plan.shards.written, unit, journal)):
                 if walk is None:  # nothing is run between two units: read on while one is rounded
-                    plan.opened.source.prefetch(
-                        plan.by_unit[units[min(number + 1, len(units) - 1)]]
-                    )
-                result = round_layer(rounder, linears_of(plan, layer), processes)
+                    following = units[min(number + 1, len(units) - 1)]
+                    plan.opened.source.prefetch(plan.by_unit[following])
+                linears = linears_of(plan, layer)
+                result = round_layer(rounder, linears, processes)
                 if last is not None:
                     borrow_largest(result, last, plan.opened.spec, layer)
                 if processes.is_first:

@@ -19,6 +19,7 @@ from quant.sharing import InputExchange, expert_owners, linear_owners, round_lay
 SUMMED_ON = ("cuda",)  # where experts' Hessians are summed while a layer runs
 
 Sets = Sequence[Mapping[int, ExpertLinears]]
+SUMMED_ON = ("cuda",)  # where experts' Hessians are summed while a layer runs
 
 
 def walk_layer(

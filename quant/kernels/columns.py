@@ -27,9 +27,19 @@ from quant.grid import Grid
 from quant.kernels.grid import kind_of, nearest
 from quant.kernels.products import tf32_products
 
+FAR = 512  # columns that the errors before them reach by one product
 BLOCK = 128
 SUB = 16
 ROWS = 128  # of a program; four for each thread of its one warp
+
+
+@triton.jit
+def _within(column, COUNT: tl.constexpr, SUB: tl.constexpr):
+    """The column, or the last one of a block that is not a multiple of SUB."""
+    if COUNT % SUB == 0:
+        return column
+    else:
+        return tl.minimum(column, COUNT - 1)
 
 
 @triton.jit
@@ -61,28 +71,32 @@ def round_block(
     for first in range(0, COUNT, SUB):
         target = ()
         for j in tl.static_range(SUB):
-            column = tl.minimum(first + j, COUNT - 1)
+            column = _within(first + j, COUNT, SUB)
             channel = tl.load(order + column)
             here = tl.load(base + channel * rows + row, mask=inside, other=0.0)
             if EXTRA:
                 here += tl.load(extra + column * rows + row, mask=inside, other=0.0)
             target = target + (here,)  # noqa: RUF005
         tl.debug_barrier()
-        for i in range(0, first):
-            error = tl.load(errors + i * rows + row, mask=inside, other=0.0)
-            further = ()
-            for j in tl.static_range(SUB):
-                column = tl.minimum(first + j, COUNT - 1)
-                more = target[j] + error * tl.load(upper + i * upper_row + column)
-                further = further + (more,)  # noqa: RUF005
-            target = further
+        for block in range(0, first, SUB):
+            past = ()
+            for i in tl.static_range(SUB):
+                error = tl.load(errors + (block + i) * rows + row, mask=inside, other=0.0)
+                past = past + (error,)  # noqa: RUF005
+            for i in tl.static_range(SUB):
+                factors = upper + (block + i) * upper_row
+                further = ()
+                for j in tl.static_range(SUB):
+                    more = target[j] + past[i] * tl.load(factors + _within(first + j, COUNT, SUB))
+                    further = further + (more,)  # noqa: RUF005
+                target = further
         done = ()
         for j in tl.static_range(SUB):
-            column = tl.minimum(first + j, COUNT - 1)
+            column = _within(first + j, COUNT, SUB)
             channel = tl.load(order + column)
             wanted = target[j]
             for i in tl.static_range(j):
-                above = tl.minimum(first + i, COUNT - 1)
+                above = _within(first + i, COUNT, SUB)
                 wanted += done[i] * tl.load(upper + above * upper_row + column)
             at = (channel // size) * rows + row
             wide = tl.load(step + at, mask=inside, other=1.0)
@@ -118,26 +132,33 @@ def rounded_in_order(
     upper = factor.upper_BKK
     values, errors = torch.empty_like(weight_BKN), torch.empty_like(weight_BKN)
     cost = weight_BKN.new_zeros(batch, rows)
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
+    for far in range(0, columns, FAR):
+        end = min(far + FAR, columns)
         extra = None
-        if start:
+        if far:
             with tf32_products():
-                extra = upper[:, :start, start:stop].mT @ errors[:, :start]
-        launch(
-            weight_BKN,
-            extra,
-            step_BGN,
-            zero_BGN,
-            order[:, start:stop],
-            upper[:, start:stop, start:stop],
-            grid,
-            size=columns // step_BGN.shape[1],
-            pivots=factor.pivots_BK[:, start:stop],
-            cost=cost,
-            values=values.unsqueeze(1),
-            errors=errors[:, start:stop].unsqueeze(1),
-        )
+                extra = upper[:, :far, far:end].mT @ errors[:, :far]
+        for start in range(far, end, BLOCK):
+            stop = min(start + BLOCK, end)
+            mine = None if extra is None else extra[:, start - far : stop - far]
+            if start > far:
+                coupling, before = upper[:, far:start, start:stop].mT, errors[:, far:start]
+                with tf32_products():
+                    mine = coupling @ before if mine is None else mine.baddbmm_(coupling, before)
+            launch(
+                weight_BKN,
+                mine,
+                step_BGN,
+                zero_BGN,
+                order[:, start:stop],
+                upper[:, start:stop, start:stop],
+                grid,
+                size=columns // step_BGN.shape[1],
+                pivots=factor.pivots_BK[:, start:stop],
+                cost=cost,
+                values=values.unsqueeze(1),
+                errors=errors[:, start:stop].unsqueeze(1),
+            )
     return values, cost
 
 

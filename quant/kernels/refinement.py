@@ -19,11 +19,12 @@ import triton.language as tl
 
 from quant.grid import Grid
 from quant.kernels import columns
-from quant.kernels.elimination import BLOCK, factor_with_inverse
+from quant.kernels.elimination import factor_with_inverse
 from quant.kernels.grid import STORED, kind_of, stored
 from quant.kernels.products import exact_products, tf32_products
 
 ROWS, CHUNK = 128, 8
+FAR = 512  # columns whose pull is found by one product
 
 
 @triton.jit
@@ -186,11 +187,11 @@ def refine(
     sweeps: int,
     factors: tuple[float, ...],
 ) -> None:
-    """quant/refine.py's, for groups of at most `BLOCK` columns. The pull on small groups is found
-    for a block of them at once, and corrected after each."""
+    """quant/refine.py's, for groups of at most 128 columns. The pull is found for several groups
+    at once, and corrected after each."""
     groups = step_BGN.shape[1]
     size = weight_BKN.shape[1] // groups
-    at_once = max(1, BLOCK // size)
+    at_once = max(1, FAR // size)
     state = _State.of(weight_BKN, values_BKN, step_BGN, zero_BGN, hessian_BKK, grid, factors)
     for _ in range(sweeps):
         for first in range(0, groups, at_once):
@@ -248,13 +249,7 @@ class _State:
         for group in range(groups):
             at = slice(group * size, (group + 1) * size)
             own[:, group] = hessian[:, at, at]
-        factor, solver = factor_with_inverse(own.view(-1, size, size))
-        # row of a channel: its own pivot
-        by_channel = torch.empty_like(factor.pivots_BK).scatter_(
-            1, factor.order_BK, factor.pivots_BK
-        )
-        with exact_products():
-            inverse = solver.mT @ (solver * by_channel.unsqueeze(2))
+        factor, inverse = factor_with_inverse(own.view(-1, size, size))
         spread = step.repeat_interleave(size, dim=1)
         return cls(
             weight=weight,
