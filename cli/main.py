@@ -40,7 +40,7 @@ from cli.serve import serve
 from cli.tokens import tokens
 from cli.verify import verify
 from models.errors import AnotherProcessFailed, InputError, VerificationError
-from models.launch import launched
+from models.launch import keep_one_gpu, launched
 
 # What the operating system says when the user's disk, rights or paths are the trouble.
 USER_ERRNO = {
@@ -157,6 +157,7 @@ def prepare_environment() -> None:
     shapes, and every expert of every batch is a shape of its own. That was 270 MB more after six
     layers (benchmarks/memory.py), with no gain in time.
     """
+    keep_one_gpu(os.environ)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "64")

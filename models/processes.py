@@ -20,7 +20,6 @@ an exception round in every exchange (it cannot reach a process that waits in an
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +38,10 @@ from models.opening import compute_device
 # a CPU or building a mix may take the others many minutes.
 TIMEOUT = timedelta(hours=1)
 LEAVING_SECONDS = 60.0
+GONE = (
+    "another process of this job ended without saying why (killed, or its machine is gone); run "
+    "the same command again to go on"
+)
 ALIGNMENT = 16  # bytes; no dtype is wider
 
 T = TypeVar("T")
@@ -169,28 +172,23 @@ def connected() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise AnotherProcessFailed(
-            "another process of this job ended without saying why (killed, or its machine is "
-            "gone); run the same command again to go on"
-        ) from error
+        raise AnotherProcessFailed(GONE) from error
 
 
 @contextmanager
 def joined(device: str) -> Iterator[Processes]:
     """The processes of this job, for the time of the block; `device` as the user gave it.
 
-    Every process takes the GPU of its number on its machine. Of several failing processes only
-    the first raises what it had to say, the others AnotherProcessFailed without words.
+    Of several failing processes only the first raises what it had to say, the others
+    AnotherProcessFailed without words.
     """
     if launched()[1] == 1:
         yield ALONE
         return
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     try:
-        backend = "gloo"
-        if device != "cpu" and compute_device(device).type == "cuda":
-            take_gpu(device)
-            backend = "cpu:gloo,cuda:nccl"
+        kind = kind_of_all(store, rank, size, device)
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(
             backend,
             store=dist.PrefixStore("exchanges", store),
@@ -209,20 +207,31 @@ def joined(device: str) -> Iterator[Processes]:
     dist.destroy_process_group()
 
 
-def take_gpu(device: str) -> None:
-    """Make the GPU of this process's number on its machine the one that `cuda` means."""
-    if device not in ("auto", "cuda"):
+def kind_of_all(store: dist.Store, rank: int, size: int, device: str) -> str:
+    """Where all processes compute, cpu or cuda. InputError when they do not agree.
+
+    Each sees one GPU at most (models/launch.py), so a process too many on a machine has none.
+    """
+    if device.startswith("cuda:"):
         raise InputError(
             f"--device {device}: each of several processes takes the GPU of its own number; "
             "leave --device out"
         )
-    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if number >= count:
+    kind = "none"
+    try:
+        kind = compute_device(device).type
+    finally:
+        store.set(f"device {rank}", kind)
+    with connected():
+        kinds = [store.get(f"device {number}").decode() for number in range(size)]
+    if "none" in kinds:
+        raise AnotherProcessFailed(GONE)
+    if "cpu" in kinds and "cuda" in kinds:
         raise InputError(
-            f"this machine has {count} CUDA devices, too few for process {number} of those "
-            f"started on it; start {count} (torchrun --nproc-per-node {count})"
+            f"process {kinds.index('cpu')} finds no GPU and process {kinds.index('cuda')} has one; "
+            "start on each machine as many processes as it has GPUs, or use --device cpu"
         )
-    torch.cuda.set_device(number)
+    return kinds[0]
 
 
 def is_first_to_fail(store: dist.Store) -> bool:

@@ -158,7 +158,12 @@ class Skeleton:
         parent_path, _, name = moe.module.rpartition(".")
         parent = layer.get_submodule(parent_path)
         block = getattr(parent, name)
-        experts = RoutedExperts(index, block.experts, self.spec.num_experts_of(index))
+        experts = RoutedExperts(
+            index,
+            block.experts,
+            self.spec.num_experts_of(index),
+            zero_experts=self.spec.zero_experts > 0,
+        )
         if moe.weights_input:
             experts.transposed = True
             setattr(parent, name, InputWeightedBlock(block, experts))

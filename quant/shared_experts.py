@@ -3,8 +3,8 @@
 The rows come from all processes, the work on them is that of one: `RoutedInputs` on a CPU,
 `ExpertSums` on a GPU. What concerns all experts of a layer, counts and the pooled Hessian, is
 brought together when a pass is over. On a CPU the last process sums the pooled Hessian over all
-rows, as one process alone would; on a GPU it is the sum of the processes' own, equal up to
-float32's rounding.
+rows, as one process alone would; on a GPU it is the sum of the processes' own, set by set, equal
+to that of one process where each has room for all its sets and else up to float32's rounding.
 """
 
 from __future__ import annotations
@@ -107,14 +107,21 @@ class SharedExpertSums(ExpertSums):
         self.first_pass = False
         self.all_counts = torch.stack(self.processes.gather(super().count_E)).sum(0)
         if self.with_hessian:
-            own = {POOLED: self.summed()} if self.sums else {}
-            parts = [
-                parcel[POOLED]
-                for parcel in self.processes.share(own, self.device)
-                if POOLED in parcel
-            ]
-            total = torch.stack(parts).sum(0)
-            self.pooled = total.div_(max(1, int(self.all_counts.sum())))
+            self.pooled = self._summed_by_all().div_(max(1, int(self.all_counts.sum())))
+
+    def _summed_by_all(self) -> torch.Tensor:
+        """`summed` over all processes: set by set in the order of one process alone."""
+        parts = [{POOLED: total.sum(0)} for total in self.sums.values()]
+        parts += [{}] * (max(self.processes.gather(len(parts))) - len(parts))
+        parts.append({} if self.rest is None else {POOLED: self.rest[0]})
+        self.rest = None
+        whole: torch.Tensor | None = None
+        for own in parts:
+            for parcel in self.processes.share(own, self.device):
+                if POOLED in parcel:
+                    whole = parcel[POOLED] if whole is None else whole.add_(parcel[POOLED])
+        assert whole is not None
+        return whole
 
     def up(self, experts: Sequence[int], device: torch.device, *, solved: bool) -> Fed:
         """As `ExpertSums.up`, in step with the other processes."""

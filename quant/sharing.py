@@ -32,7 +32,7 @@ from quant.linears import Linear
 from quant.schemes import Quantized
 from quant.shared_experts import PAIRS, POOLED, SharedExpertInputs
 
-# What a parcel holds beside the inputs of Linears, which go by the modules' names.
+# What a parcel holds beside inputs of Linears, which go by a number and the modules' names.
 ROWS, TOKENS, EXPERTS, WEIGHTS = "#rows", "#tokens", "#experts", "#weights"
 TENSORS = ("codes", "scale", "zero_point", "global_scale")
 
@@ -119,10 +119,10 @@ class InputExchange:
 
     def send(self) -> None:
         """Exchange a round's inputs. Every process calls it equally often."""
-        for names, rows in self.entered:
+        for number, (names, rows) in enumerate(self.entered):
             for rank, parcel in enumerate(self.parcels):
                 if own := [name for name in names if self.owner[name] == rank]:
-                    parcel[" ".join(own)] = rows
+                    parcel[" ".join([str(number), *own])] = rows
         received = self.processes.exchange(self.parcels, self.device)
         self.entered, self.last = [], None
         self.parcels = [{} for _ in range(self.processes.size)]
@@ -133,7 +133,7 @@ class InputExchange:
         """One batch's rows to what takes them in one process alone."""
         for key, rows in parcel.items():
             if not key.startswith("#"):
-                for name in key.split():
+                for name in key.split()[1:]:
                     self.inputs.add(name, rows, without_padding(len(rows)))
         if ROWS not in parcel:
             return

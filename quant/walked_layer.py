@@ -16,6 +16,8 @@ from quant.linears import Linear
 from quant.shared_experts import SharedExpertInputs, SharedExpertSums, SharedRoutedInputs
 from quant.sharing import InputExchange, expert_owners, linear_owners, round_layer
 
+SUMMED_ON = ("cuda",)  # where experts' Hessians are summed while a layer runs
+
 Sets = Sequence[Mapping[int, ExpertLinears]]
 SUMMED_ON = ("cuda",)  # where experts' Hessians are summed while a layer runs
 

@@ -113,7 +113,7 @@ class PruneAhead:
         assert journal is not None
         if layer in self.source.plan.layers:
             num_experts, domains = self.opened.spec.num_experts, tuple(self.tokens.domains)
-            sums = SharedSums(self.processes, num_experts, domains)
+            sums = SharedSums(self.processes, num_experts, domains, self.device)
             assert self.damage is not None
             observe = self.damage.beside(layer, summing_batches(sums))
             walk.run(layer, observe, *self.damage.finisher(layer))

@@ -192,7 +192,7 @@ def _run_layers(
     def observer(layer: int) -> BatchObserver | None:
         if layer not in scored:
             return None
-        collected[layer] = SharedSums(processes, opened.spec.num_experts, domains)
+        collected[layer] = SharedSums(processes, opened.spec.num_experts, domains, device)
         return damage.beside(layer, summing_batches(collected[layer]))
 
     def after(layer: int) -> None:
@@ -211,7 +211,7 @@ def _run_layers(
     )
     for number, layer in enumerate(mtp_layers):
         if not journal.done(f"score mtp {layer}"):
-            sums = SharedSums(processes, opened.spec.num_experts, domains)
+            sums = SharedSums(processes, opened.spec.num_experts, domains, device)
             _score_mtp(walk, layer, summing_batches(sums), last=number == len(mtp_layers) - 1)
             write_layer(journal, layer, sums)
             journal.record(f"score mtp {layer}")
@@ -234,16 +234,13 @@ def summing(stats: LayerStats) -> Callable[[RoutedBatch, Batch], None]:
     """The observer that adds what a batch's experts did to `stats`."""
 
     def add(record: RoutedBatch, batch: Batch) -> None:
-        domain_P = batch.domain_T.to(record.token_P.device)[record.token_P]
-        real_P = domain_P != PADDING
-        norms_P = row_norms(record.outputs_PD)
+        domain_P = batch.domain_T.to(record.token_P.device, non_blocking=True)[record.token_P]
+        norms_P = row_norms(record.outputs_PD) if record.norms_P is None else record.norms_P
         weights_P = record.router_weights_P.double()
         if record.weights_applied_to_input:
             # Llama-4: the contribution is f(w x); the norm before weighting is its norm over w
             norms_P = norms_P / weights_P
-        stats.add_routed(
-            record.expert_P[real_P], domain_P[real_P], weights_P[real_P], norms_P[real_P]
-        )
+        stats.add_routed(record.expert_P, domain_P, weights_P, norms_P)
 
     return add
 

@@ -17,14 +17,21 @@ from reap.sums import FIELDS, ExpertSums, LayerStats
 class SharedSums:
     """The sums of one layer over all batches, of which each process sees some."""
 
-    def __init__(self, processes: Processes, num_experts: int, domains: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        processes: Processes,
+        num_experts: int,
+        domains: tuple[str, ...],
+        device: torch.device,
+    ) -> None:
         self.processes, self.num_experts, self.domains = processes, num_experts, domains
+        self.device = device
         self.parts: list[LayerStats] = []
 
     def next(self) -> LayerStats:
         """Where this process's next batch is to be added."""
         if self.processes.size > 1 or not self.parts:
-            self.parts.append(LayerStats.empty(self.num_experts, self.domains))
+            self.parts.append(LayerStats.empty(self.num_experts, self.domains, self.device))
         return self.parts[-1]
 
     def total(self) -> LayerStats:

@@ -29,6 +29,7 @@ class Run:
     """`arguments` of the program in `size` processes, with `more` behind them in some.
 
     `kill`: these processes are killed once the journal of the output folder has `units` lines.
+    `before`: "module:function", called with the rank in each process before it begins.
     """
 
     size: int
@@ -36,6 +37,7 @@ class Run:
     more: dict[str, list[str]] = field(default_factory=dict)
     kill: list[int] = field(default_factory=list)
     units: int = 1
+    before: str = ""
 
     @property
     def journal(self) -> Path:
@@ -134,6 +136,9 @@ def start(run: Run, rank: int, port: int, folder: Path) -> int:
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=str(port),
             )
+        if run.before:
+            module, function = run.before.split(":")
+            getattr(importlib.import_module(module), function)(rank)
         code = cli.main.run([*run.arguments, *run.more.get(str(rank), [])])
     finally:
         sys.stdout.flush()

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from models.launch import keep_one_gpu
 from models.opening import open_model
+from models.processes import labels_of, packed, unpacked
+from quant import walked_layer
 from tests.distributed.runs import Ended, Run, run_all
 from tests.kills import files
 from tests.tiny import tiny_model
@@ -181,3 +186,78 @@ def test_processes_with_different_jobs_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     assert command.codes == [2, 2]
     assert "".join(command.stderr).startswith("error: verify works in one process")
+
+
+def sum_hessians(rank: int) -> None:
+    """Take the flow of a GPU."""
+    walked_layer.SUMMED_ON = ("cpu",)
+    walked_layer.free_bytes = lambda device: 1 << 40
+
+
+def sum_hessians_one_by_one(rank: int) -> None:
+    """The same with room for one set of experts' Hessians in the first process."""
+    sum_hessians(rank)
+    if rank == 0:
+        walked_layer.free_bytes = lambda device: 2
+
+
+@pytest.mark.parametrize("before", [sum_hessians, sum_hessians_one_by_one])
+def test_hessians_summed_as_on_gpus(before: Callable[[int], None], tmp_path: Path) -> None:
+    """Three sets of experts. Where a process has room for one, it runs the layer again, and all
+    with it; then the pooled Hessian is summed in another order, and a tie may fall otherwise."""
+    given = model_and_tokens(tmp_path, "qwen3_moe", num_experts=80, dtype="bfloat16")
+    arguments = ["quantize", *given, "--scheme", "W4A16", "--group-size", "8", *SMALL]
+    runs = [
+        Run(
+            size=size,
+            arguments=[*arguments, "-o", str(tmp_path / f"by{size}")],
+            before=f"{__name__}:{before.__name__}",
+        )
+        for size in (1, 2, 3)
+    ]
+    for run, ended in zip(runs, run_all(*runs), strict=True):
+        assert ended.codes == [0] * run.size, ended.stderr
+    if before is sum_hessians:
+        assert_all_wrote_the_same(tmp_path, "by1", "by2", "by3")
+    alone, *shared = (files(tmp_path / f"by{run.size}") for run in runs)
+    first_layer = "model-00002-of-00004.safetensors"  # those behind it see other hidden states
+    for found in shared:
+        pairs = zip(alone[first_layer], found[first_layer], strict=True)
+        assert sum(a != b for a, b in pairs) < len(alone[first_layer]) / 500
+        for unit, facts in alone["thresher.json"]["rounding"].items():
+            other = found["thresher.json"]["rounding"][unit]
+            assert other["matrices"] == facts["matrices"]
+            assert other["mean_error"] == pytest.approx(facts["mean_error"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({}, None),
+        ({"WORLD_SIZE": "1", "LOCAL_RANK": "0"}, None),
+        ({"WORLD_SIZE": "4", "LOCAL_RANK": "3"}, "3"),
+        ({"WORLD_SIZE": "4", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "2,5"}, "5"),
+        ({"WORLD_SIZE": "4", "LOCAL_RANK": "2", "CUDA_VISIBLE_DEVICES": "2,5"}, ""),
+        ({"WORLD_SIZE": "4", "LOCAL_RANK": "2", "CUDA_VISIBLE_DEVICES": "7"}, "7"),
+    ],
+)
+def test_each_process_sees_its_own_gpu(given: dict[str, str], kept: str | None) -> None:
+    keep_one_gpu(given)
+    assert given.get("CUDA_VISIBLE_DEVICES") == kept
+
+
+def test_parcels_keep_types_shapes_and_bits() -> None:
+    parcel = {
+        "empty": torch.empty(0, 7),
+        "number": torch.tensor(5),
+        "odd": torch.randn(3, 5).bfloat16(),
+        "float8": torch.randn(9).to(torch.float8_e4m3fn),
+        "view": torch.randn(6, 4).double().T,
+        "flags": torch.tensor([True, False, True]),
+    }
+    device = torch.device("cpu")
+    found = unpacked(packed(parcel, device), labels_of(parcel))
+    for name, tensor in parcel.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].shape == tensor.shape
+        assert found[name].float().equal(tensor.float())
