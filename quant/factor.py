@@ -127,11 +127,14 @@ def damped_factor(
     """
     columns = hessian_BKK.shape[-1]
     diagonal = hessian_BKK.diagonal(dim1=1, dim2=2)
-    alive = diagonal > 0
+    dead = ~(diagonal > 0)
     mean = diagonal.mean(dim=1)
-    usable = torch.isfinite(hessian_BKK).all(-1).all(-1) & (mean > 0)
+    largest = torch.linalg.vector_norm(hessian_BKK, ord=torch.inf, dim=(1, 2))
+    usable = torch.isfinite(largest) & (mean > 0)
     eye = torch.eye(columns, device=hessian_BKK.device)
-    damped = torch.where(alive.unsqueeze(1) & alive.unsqueeze(2), hessian_BKK, 0.0)
+    damped = hessian_BKK.clone()
+    if bool(dead.any()):
+        damped.masked_fill_(dead.unsqueeze(1) | dead.unsqueeze(2), 0.0)
     damped[~usable] = eye
     own = damped.diagonal(dim1=1, dim2=2)
     undamped = own.clone()

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -334,8 +335,9 @@ class LayerRounder:
         if self.device.type != "cuda":
             yield from map(self.weight, linears)
             return
-        with ThreadPoolExecutor(READERS) as readers:
-            yield from readers.map(self.weight, linears)
+        here = torch.cuda.current_device() if self.device.index is None else self.device.index
+        with ThreadPoolExecutor(READERS, initializer=partial(torch.cuda.set_device, here)) as pool:
+            yield from pool.map(self.weight, linears)  # kernels start on a thread's own device
 
     def _round_batch(
         self,

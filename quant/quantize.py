@@ -300,7 +300,7 @@ def run_layers(
     begin = 0 if walk is None else begin_at(walk, journal, "hidden")
     clock = SnapshotClock()
     units = list(plan.by_unit)
-    last: LayerRounding | None = None
+    last_ranges: Mapping[str, float] = {}  # of the last layer's inputs; its weights are let go
     with UnitWriter() as writer:
         for number, unit in enumerate(units):
             layer = None if unit == REST else int(unit.split()[1])
@@ -311,9 +311,11 @@ def run_layers(
                 if layer >= begin:
                     compressed = settings.propagate == "compressed"
                     own = linears_of(plan, layer)
-                    last = walk_layer(rounder, walk, layer, own, compressed=compressed)
+                    result = walk_layer(rounder, walk, layer, own, compressed=compressed)
+                    last_ranges = result.largest_input
                     if processes.is_first:
-                        _write_unit(plan, unit, last, journal, writer)
+                        _write_unit(plan, unit, result, journal, writer)
+                    del result
                     keep_place(walk, journal, f"hidden {layer}", layer, clock, writer.wait)
             elif not processes.from_first(partial(plan.shards.written, unit, journal)):
                 if walk is None:  # nothing is run between two units: read on while one is rounded
@@ -321,10 +323,11 @@ def run_layers(
                     plan.opened.source.prefetch(plan.by_unit[following])
                 linears = linears_of(plan, layer)
                 result = round_layer(rounder, linears, processes)
-                if last is not None:
-                    borrow_largest(result, last, plan.opened.spec, layer)
+                if last_ranges:
+                    borrow_largest(result, last_ranges, plan.opened.spec, layer)
                 if processes.is_first:
                     _write_unit(plan, unit, result, journal, writer)
+                del result
             release_freed_memory()
             progress(
                 Step(
@@ -343,14 +346,14 @@ def linears_of(plan: QuantizePlan, layer: int | None) -> list[Linear]:
 
 
 def borrow_largest(
-    result: LayerRounding, last: LayerRounding, spec: ModelSpec, layer: int | None
+    result: LayerRounding, last: Mapping[str, float], spec: ModelSpec, layer: int | None
 ) -> None:
     """Input ranges of an MTP layer, which is not run: those of the last decoder layer."""
     if layer is None:
         return
     old, new = f"layers.{spec.num_layers - 1}.", f"layers.{layer}."
     for module in result.quantized:
-        same = last.largest_input.get(module.replace(new, old, 1), 0.0)
+        same = last.get(module.replace(new, old, 1), 0.0)
         result.largest_input[module] = same
 
 

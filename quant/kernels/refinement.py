@@ -1,9 +1,8 @@
 """What a refinement does between its products, each a pass over [g, N] of one group.
 
-With P = H_g· R, X = H_gg⁻¹ P, the codes' values q, Z = H_gg q and step s, a group's best
-real-valued weights are t = s q + X (quant/refine.py), and another step s' costs
-
-    X·P + 2 (s − s') q·P + (s − s')² q·Z.
+With P = H_g· R, X = H_gg⁻¹ P, the codes' values q and step s, a group's best real-valued weights
+are t = s q + X (quant/refine.py), and the present codes cost X·P. Candidates are made from the
+present step, without fitting it first as the CPU does: every group leaves with a fitted one.
 
 All are [B, g, N] with N contiguous; strides of weights of the batch are arguments where a group is
 a slice of something larger.
@@ -36,24 +35,21 @@ def _fitted(step, slope, square, divisor, KIND: tl.constexpr, DTYPE: tl.constexp
 
 
 @triton.jit
-def fit(
-    values, pull, solved, product, step, divisors, factors, target, tried, cost,
+def aim(
+    values, pull, solved, step, divisors, factors, target, tried, cost,
     rows, values_b, pull_b, step_b, CANDIDATES: tl.constexpr, COUNT: tl.constexpr,
     KIND: tl.constexpr, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """The better of the step and its least-squares one: `tried` [B, 1 + candidates, N] has it
-    first, then times each factor; `cost` [B, N]; `target` t."""
+    """`target` t and `cost` [B, N] of the present codes; `tried` [B, 1 + candidates, N]: the step,
+    then times each factor."""
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     index = tl.program_id(1).to(tl.int64)
     inside = row < rows
     values += index * values_b
     pull += index * pull_b
     solved += index * COUNT * rows
-    product += index * COUNT * rows
     target += index * COUNT * rows
     now = tl.load(step + index * step_b + row, mask=inside, other=1.0)
-    square = tl.zeros([BR], tl.float32)
-    slope = tl.zeros([BR], tl.float32)
     left = tl.zeros([BR], tl.float32)
     for start in range(0, COUNT, CHUNK):
         k = start + tl.arange(0, CHUNK)
@@ -62,22 +58,14 @@ def fit(
         q = tl.load(values + at, mask=mask, other=0.0)
         p = tl.load(pull + at, mask=mask, other=0.0)
         x = tl.load(solved + at, mask=mask, other=0.0)
-        z = tl.load(product + at, mask=mask, other=0.0)
-        square += tl.sum(q * z, axis=0)
-        slope += tl.sum(q * p, axis=0)
         left += tl.sum(x * p, axis=0)
         tl.store(target + at, q * now[None, :] + x, mask=mask)
     divisor = tl.load(divisors + index) if KIND == 2 else 1.0
-    best = _fitted(now, slope, square, divisor, KIND, DTYPE)
-    moved = now - best
-    change = moved * (2 * slope + moved * square)
-    better = change < 0
-    best = tl.where(better, best, now)
-    tl.store(cost + index * rows + row, tl.where(better, left + change, left), mask=inside)
+    tl.store(cost + index * rows + row, left, mask=inside)
     tried += index * (1 + CANDIDATES) * rows + row
-    tl.store(tried, best, mask=inside)
+    tl.store(tried, now, mask=inside)
     for number in range(0, CANDIDATES):
-        one = stored(best * tl.load(factors + number), divisor, KIND, DTYPE)
+        one = stored(now * tl.load(factors + number), divisor, KIND, DTYPE)
         tl.store(tried + (1 + number) * rows, one, mask=inside)
 
 
@@ -125,28 +113,24 @@ def choose(
 
 @triton.jit
 def settle(
-    weight, values, pull, product, again, step, step_new, divisors, residual, change,
-    rows, weight_b, pull_b, step_b, COUNT: tl.constexpr,
+    weight, values, target, product, chosen, step, divisors, residual, change,
+    rows, weight_b, step_b, COUNT: tl.constexpr,
     KIND: tl.constexpr, DTYPE: tl.constexpr, CHANGE: tl.constexpr,
     CHUNK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """The better of the chosen step and the least-squares one of the moved values, and with it
     the residual w − step · value, in place; `change` is what it changed by. `product` is H_gg
-    times the values before, `again` times those now; `weight`, `values` and `residual` have the
-    same strides."""
+    times the values; `weight`, `values` and `residual` have the same strides."""
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     index = tl.program_id(1).to(tl.int64)
     inside = row < rows
     weight += index * weight_b
     values += index * weight_b
     residual += index * weight_b
-    pull += index * pull_b
+    target += index * COUNT * rows
     product += index * COUNT * rows
-    again += index * COUNT * rows
     change += index * COUNT * rows
-    step += index * step_b + row
-    before = tl.load(step, mask=inside, other=1.0)
-    now = tl.load(step_new + index * rows + row, mask=inside, other=1.0)
+    now = tl.load(chosen + index * rows + row, mask=inside, other=1.0)
     square = tl.zeros([BR], tl.float32)
     slope = tl.zeros([BR], tl.float32)
     for start in range(0, COUNT, CHUNK):
@@ -154,16 +138,15 @@ def settle(
         at = k[:, None] * rows + row[None, :]
         mask = (k < COUNT)[:, None] & inside[None, :]
         q = tl.load(values + at, mask=mask, other=0.0)
-        p = tl.load(pull + at, mask=mask, other=0.0)
+        t = tl.load(target + at, mask=mask, other=0.0)
         z = tl.load(product + at, mask=mask, other=0.0)
-        y = tl.load(again + at, mask=mask, other=0.0)
-        square += tl.sum(q * y, axis=0)
-        slope += tl.sum(q * (p + z * before[None, :] - y * now[None, :]), axis=0)
+        square += tl.sum(q * z, axis=0)
+        slope += tl.sum((t - q * now[None, :]) * z, axis=0)
     divisor = tl.load(divisors + index) if KIND == 2 else 1.0
     best = _fitted(now, slope, square, divisor, KIND, DTYPE)
     moved = now - best
     best = tl.where(moved * (2 * slope + moved * square) < 0, best, now)
-    tl.store(step, best, mask=inside)
+    tl.store(step + index * step_b + row, best, mask=inside)
     for start in range(0, COUNT, CHUNK):
         k = start + tl.arange(0, CHUNK)
         at = k[:, None] * rows + row[None, :]
@@ -283,15 +266,13 @@ class _State:
         kinds = {"KIND": kind_of(self.grid), "DTYPE": STORED[self.grid.scale_dtype]}
         with exact_products():
             solved = self.inverse[:, group] @ pull
-        with tf32_products():  # values are exact in TF32
-            product = own @ values
         target = torch.empty_like(solved)
         tried = pull.new_empty(batch, 1 + tries, rows)
         cost, costs = pull.new_empty(batch, rows), pull.new_zeros(batch, tries, rows)
-        fit[where](
-            values, pull, solved, product, step, self.divisors, self.factors, target, tried, cost,
-            rows, values.stride(0), pull.stride(0), step.stride(0),
-            CANDIDATES=tries, **kinds, **sizes,
+        aim[where](
+            values, pull, solved, step, self.divisors, self.factors, target, tried, cost,
+            rows, values.stride(0), pull.stride(0), step.stride(0), CANDIDATES=tries,
+            **kinds, **sizes,
         )  # fmt: skip
         found = torch.empty(batch, tries, size, rows, dtype=torch.float16, device=pull.device)
         errors = pull.new_empty(batch, tries, size, rows)
@@ -300,23 +281,22 @@ class _State:
             self.grid, size=size, pivots=self.pivots[:, group], cost=costs,
             values=found, errors=errors,
         )  # fmt: skip
-        error, base = torch.empty_like(target), torch.empty_like(target)
-        wide = pull.new_empty(batch, rows)
+        error, base, chosen = torch.empty_like(target), solved, torch.empty_like(cost)
         choose[where](
-            values, found, target, tried, cost, costs, error, base, wide,
+            values, found, target, tried, cost, costs, error, base, chosen,
             rows, values.stride(0), CANDIDATES=tries, **sizes,
         )  # fmt: skip
         with exact_products():
             extra = self.coupling[:, group].mT @ error
         columns.launch(
-            base, extra, wide, zero, self.natural, self.coupling[:, group], self.grid, size=size,
+            base, extra, chosen, zero, self.natural, self.coupling[:, group], self.grid, size=size,
             values=values.unsqueeze(1), errors=error.unsqueeze(1),
         )  # fmt: skip
-        with tf32_products():
-            again = own @ values
+        with tf32_products():  # values are exact in TF32
+            product = own @ values
         settle[where](
-            self.weight[:, at], values, pull, product, again, step, wide, self.divisors,
-            self.residual[:, at], error, rows, self.weight.stride(0), pull.stride(0),
-            step.stride(0), CHANGE=changes, **kinds, **sizes,
+            self.weight[:, at], values, target, product, chosen, step, self.divisors,
+            self.residual[:, at], error, rows, self.weight.stride(0), step.stride(0),
+            CHANGE=changes, **kinds, **sizes,
         )  # fmt: skip
         return error if changes else None

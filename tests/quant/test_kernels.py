@@ -124,12 +124,12 @@ def test_loop_and_refinement(scheme: Scheme, size: int) -> None:
     )
     before = error(values, wanted[1])
     found = values.clone().to(DEVICE)  # both refine the same
-    refine.refine(wanted[0], values, wanted[1], wanted[2], hessian, grid, 1)
+    refine.refine(wanted[0], values, wanted[1], wanted[2], hessian, grid, 2)
     refinement.refine(
-        given[0], found, given[1], given[2], hessian.to(DEVICE), there, 1, refine.FACTORS
+        given[0], found, given[1], given[2], hessian.to(DEVICE), there, 2, refine.FACTORS
     )
     assert (error(found, given[1]) <= before).all()
-    torch.testing.assert_close(error(found, given[1]), error(values, wanted[1]), rtol=0.02, atol=0)
+    torch.testing.assert_close(error(found, given[1]), error(values, wanted[1]), rtol=0.03, atol=0)
 
 
 def _moved(part: torch.Tensor | None) -> torch.Tensor | None:
