@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-from calibration.batches import Batch, cut, make_batch
+from calibration.batches import PADDING, Batch, cut, make_batch
 from calibration.hidden_states import HiddenStates
 from calibration.packing import check_packable, cut_packed, pack_batch
 from calibration.tokens import TokenSet
@@ -126,25 +126,32 @@ class LayerWalk:
         `keep_output` stores what enters the next layer; without `last_pass` what entered this
         one stays for another pass. `after_round` is called equally often in all processes.
         """
-        skeleton = self.skeleton
+        skeleton, states = self.skeleton, self.hidden_states
+        finite: list[torch.Tensor] = []
+        upcoming = states.load(layer, self.own[0], keep=not last_pass) if self.own else None
         for number in self.own:
+            assert upcoming is not None
+            entering = upcoming
+            if number != self.own[-1]:  # on its way while this batch is computed
+                upcoming = states.load(layer, number + self.own.step, keep=not last_pass)
             batch = self.batch(number)
             current[:] = [batch]
             call = skeleton.call(layer, *self._on_device(batch))
-            entering = self.hidden_states.take(layer, number)
-            carry = {name: tensor.to(skeleton.device) for name, tensor in entering.items()}
-            leaving = skeleton.run_layer(layer, call, carry)
-            self._check(layer, batch, leaving["hidden_states"])
+            leaving = skeleton.run_layer(layer, call, entering.ready())
+            finite.append(_all_finite(leaving["hidden_states"], batch))
             if left is not None:
                 left(batch, leaving)
-            if not last_pass:
-                self.hidden_states.put_back(layer, number, entering)
             if keep_output:
-                self.hidden_states.put(layer + 1, number, leaving)
+                states.put(layer + 1, number, leaving)
             if after_round is not None:
                 after_round()
         if after_round is not None and len(self.own) * self.processes.size < len(self.cuts):
             after_round()  # the last round had no batch for this process
+        if finite and not bool(torch.stack(finite).all()):
+            raise InputError(
+                f"hidden states are not finite after layer {layer} although its weights are; "
+                "run with --dtype float32"
+            )
 
     def snapshot(self, layer: int) -> list[str]:
         """Write what enters `layer` to disk; the digest of each batch's file, in all processes."""
@@ -155,16 +162,13 @@ class LayerWalk:
         if self.processes.is_first:
             self.hidden_states.forget_before(layer)
 
-    def _check(self, layer: int, batch: Batch, hidden: torch.Tensor) -> None:
-        """Padding rows may hold anything; tokens must be finite."""
-        if torch.isfinite(hidden.sum(dtype=torch.float32)):
-            return
-        rows = hidden.reshape(len(batch.domain_T), -1)[(batch.domain_T != 255).to(hidden.device)]
-        if not torch.isfinite(rows).all():
-            raise InputError(
-                f"hidden states are not finite after layer {layer} although its weights are; "
-                "run with --dtype float32"
-            )
+
+def _all_finite(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Whether every token's hidden states are finite (padding may hold anything); a bool on the
+    device, so that nothing waits for it."""
+    sums_T = hidden.reshape(len(batch.domain_T), -1).sum(dim=-1, dtype=torch.float32)
+    padding_T = (batch.domain_T == PADDING).to(hidden.device, non_blocking=True)
+    return (torch.isfinite(sums_T) | padding_T).all()
 
 
 class SnapshotClock:
