@@ -241,11 +241,15 @@ class _State:
             at = slice(group * size, (group + 1) * size)
             own[:, group] = hessian[:, at, at]
         factor, inverse = factor_with_inverse(own.view(-1, size, size))
-        spread = step.repeat_interleave(size, dim=1)
         return cls(
             weight=weight,
             values=values,
-            residual=weight - values * spread,
+            residual=torch.addcmul(
+                weight.unflatten(1, (groups, size)),
+                values.unflatten(1, (groups, size)),
+                step.unsqueeze(2),
+                value=-1,
+            ).flatten(1, 2),
             step=step,
             zero=zero,
             own=own,
