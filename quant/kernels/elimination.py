@@ -10,6 +10,9 @@ thread factorises for itself instead of waiting for another. Rows of the identit
 block's own turn into (D⁻¹ U⁻¹)ᵀ, by which the rows above the block are solved in one product.
 """
 
+# Triton takes tuples that grow while a loop is unrolled
+# mypy: disable-error-code="assignment,var-annotated"
+
 from __future__ import annotations
 
 import torch
