@@ -41,9 +41,11 @@ from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 from models.architecture import ModelSpec
 from models.errors import InputError
 from models.expert_weights import check_finite, load_expert_weights
-from models.experts import InputWeightedBlock, Observer, RoutedExperts
+from models.experts import TRITON, InputWeightedBlock, Observer, RoutedExperts
+from models.fp8_upload import Fp8Upload
 from models.memory import release_freed_memory
 from models.source_formats import Source
+from models.sparse_attention import Indexer
 
 Carry = dict[str, torch.Tensor]  # "hidden_states" and what the family hands on besides
 
@@ -124,7 +126,12 @@ class Skeleton:
         self.layers: list[nn.Module] = list(self.base.layers)
         self.experts: dict[int, RoutedExperts] = {}
         self._replace_experts()
+        for layer in self.layers:
+            self.adopt_indexer(layer)
         self.slots = [LayerSlot(la, self.spec.architecture.carry) for la in self.layers]
+        self.upload = None
+        if self.device.type == "cuda" and TRITON:
+            self.upload = Fp8Upload(self.device)
         self.embedding = self.model.get_input_embeddings()
         self.zero_embedding = ZeroEmbedding(self.spec.hidden_size, dtype, self.device)
         self._fill_buffers(self.model)
@@ -155,13 +162,28 @@ class Skeleton:
         parent_path, _, name = moe.module.rpartition(".")
         parent = layer.get_submodule(parent_path)
         block = getattr(parent, name)
-        experts = RoutedExperts(index, block.experts, self.spec.num_experts_of(index))
+        experts = RoutedExperts(
+            index,
+            block.experts,
+            self.spec.num_experts_of(index),
+            zero_experts=self.spec.zero_experts > 0,
+        )
         if moe.weights_input:
             experts.transposed = True
             setattr(parent, name, InputWeightedBlock(block, experts))
         else:
             block.experts = experts
         return experts
+
+    def adopt_indexer(self, layer: nn.Module) -> None:
+        """Replace the indexer of a decoder layer by ours, where the family and the layer have
+        one (GLM-5: not every layer)."""
+        parent_path, _, name = (self.spec.architecture.indexer or "").rpartition(".")
+        if name:
+            parent = layer.get_submodule(parent_path)
+            original = getattr(parent, name, None)
+            if original is not None:
+                setattr(parent, name, Indexer(original))
 
     def _fill_buffers(self, module: nn.Module) -> None:
         """Compute non-persistent buffers (rotary frequencies), which no file holds."""
@@ -257,6 +279,7 @@ class Skeleton:
             transposed=experts.transposed,
             dtype=self.dtype,
             device=self.device,
+            upload=self.upload,
         )
 
     def tensor(self, name: str) -> torch.Tensor:

@@ -51,16 +51,26 @@ def round_to_nearest(
     K must fit the scheme's groups (`Scheme.check`).
     """
     batch = weight_BNK.shape[:-2]
-    weight = weight_BNK.detach().float().reshape(-1, *weight_BNK.shape[-2:])
+    stored = weight_BNK.detach().reshape(-1, *weight_BNK.shape[-2:])
+    weight = stored.float()
     importance = None if importance_BK is None else importance_BK.float().reshape(len(weight), -1)
     grid = make_grid(weight, scheme, global_scale_B, scale_dtype)
     if scheme.kind == "fp8_block":
+        if has_kernels(stored):
+            from quant.kernels.pack import fp8_blocks
+
+            return _unbatched(Quantized(*fp8_blocks(stored)), batch)
         step = grid.stored(_block_amax(weight) / E4M3_MAX)
         values = grid.nearest(weight / spread_blocks(step, weight.shape))
         return _unbatched(grid.quantized(values, step), batch)
     step, zero = searched_steps(weight, grid, importance, search=search)
-    values = torch.empty_like(weight)
     size = weight.shape[-1] // step.shape[-1]
+    if has_kernels(stored) and size in KERNEL_GROUPS:
+        from quant.kernels.pack import round_codes
+
+        codes = round_codes(stored, step, zero, grid)
+        return _unbatched(grid.with_codes(codes, step, zero), batch)
+    values = torch.empty_like(weight)
     for chunk in row_chunks(weight.shape):
         grouped = weight[:, chunk].unflatten(-1, (-1, size))
         at = None if zero is None else zero[:, chunk].unsqueeze(-1)
