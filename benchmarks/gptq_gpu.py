@@ -60,7 +60,9 @@ class Case:
             inputs = normal(TOKENS, sources) @ (normal(sources, columns) * strength)
             inputs = inputs / math.sqrt(sources) + 0.2 * normal(TOKENS, columns)
             inputs *= torch.exp(0.5 * normal(columns))
-            inputs[:, torch.randperm(columns, device=DEVICE)[: columns // 80 + 1]] *= 10
+            inputs[
+                :, torch.randperm(columns, generator=generator, device=DEVICE)[: columns // 80 + 1]
+            ] *= 10
             inputs = inputs.bfloat16().float()
             torch.mm(inputs.T, inputs / TOKENS, out=hessian[expert])
         return cls(name, weight, hessian)
