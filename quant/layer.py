@@ -32,8 +32,9 @@ from quant.schemes import Quantized, Scheme, dequantize
 HESSIAN_BYTES_AT_ONCE = 1 << 30
 MOST_AT_ONCE = 32  # experts
 READERS = 4  # threads that read weights for a GPU
-# What the solver holds for an expert beside its Hessian, in Hessians, and of a GPU's memory
-SOLVER_HESSIANS, SOLVER_SHARE = 7, 6
+# Of a GPU's memory the solver gets one part in SOLVER_SHARE. For an expert it wants four times its
+# Hessian (767 MiB for 4096 x 7168), and a fifth is for weights and what is rounded.
+SOLVER_HESSIANS, SOLVER_SHARE = 5, 6
 
 
 @dataclass(slots=True)
