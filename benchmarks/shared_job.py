@@ -12,16 +12,19 @@ use of the model to its last file, start-up and verification left out.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+import cli.main
 from calibration.tokens import TokenSet
 from models.opening import open_model
 
@@ -101,18 +104,23 @@ def random_tokens(model: Path, num_tokens: int) -> TokenSet:
 
 
 def run(arguments: list[str], out: Path, processes: int) -> float:
-    """Seconds the job took, of its own manifest."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "cli.main"]
-    done = subprocess.run(
-        [*command, *arguments, "-o", str(out), "--quiet"],
-        env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(arguments[:2])} failed: {done.stderr[-3000:]}")
+    """Seconds the job took, of its own manifest. One process is this one."""
+    arguments = [*arguments, "-o", str(out), "--quiet"]
+    if processes == 1:
+        with redirect_stdout(io.StringIO()):
+            code, said = cli.main.run(arguments), ""
+    else:
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        done = subprocess.run(
+            [sys.executable, *launcher, "-m", "cli.main", *arguments],
+            env={"OMP_NUM_THREADS": str(torch.get_num_threads()), **os.environ},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        code, said = done.returncode, done.stderr[-3000:]
+    if code:
+        raise SystemExit(f"{' '.join(arguments[:2])} failed by {processes}: {said}")
     seconds: float = json.loads((out / "thresher.json").read_text())["timings"]["seconds"]
     return seconds
 

@@ -54,7 +54,7 @@ USER_ERRNO = {
     errno.ENOTDIR: "a part of the path is a file",
 }
 
-SHARED = ("score", "quantize", "compress")  # commands that several processes can share
+SHARED = ("score", "quantize", "compress", "eval")  # commands that several processes can share
 
 
 @click.group(

@@ -71,6 +71,7 @@ CASES: dict[str, tuple[str, dict[str, object], list[str]]] = {
         {"fp8": True, "n_routed_experts": 96},
         ["compress", "--keep", "72", "--scheme", "W3A16", "--group-size", "8"],
     ),
+    "eval": ("qwen3_moe", {}, ["eval", "--memory", "20KB"]),
     "compress-output-error": (
         "qwen3_moe",
         {},
@@ -79,33 +80,41 @@ CASES: dict[str, tuple[str, dict[str, object], list[str]]] = {
 }
 
 
+def sizes_of(case: str) -> tuple[int, ...]:
+    """In how many processes a case is run."""
+    return (1, 2, 3) if case in ("score-damage", "quantize-many-experts", "compress") else (1, 2)
+
+
 @pytest.fixture(scope="module")
 def shared_jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Ended]]]:
-    """Every case in one, two and three processes: its folder and how they ended."""
+    """Every case in one and two processes, some in three: its folder and how they ended."""
     folder = tmp_path_factory.mktemp("shared")
     runs = []
     for case, (family, settings, command) in CASES.items():
         given = model_and_tokens(folder / case, family, **settings)
+        if case == "eval":
+            other = tiny_model(family, folder / case / "reference", seed=1)
+            command = [*command, "--reference", str(other)]
         arguments = [command[0], *given, *command[1:], *SMALL]
         runs += [
             Run(size=size, arguments=[*arguments, "-o", str(folder / case / f"by{size}")])
-            for size in (1, 2, 3)
+            for size in sizes_of(case)
         ]
     ended = iter(run_all(*runs))
-    return folder, {case: [next(ended), next(ended), next(ended)] for case in CASES}
+    return folder, {case: [next(ended) for _ in sizes_of(case)] for case in CASES}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_and_three_processes_write_what_one_writes(
+def test_several_processes_write_what_one_writes(
     case: str, shared_jobs: tuple[Path, dict[str, list[Ended]]]
 ) -> None:
     folder, by_case = shared_jobs
-    for size, ended in enumerate(by_case[case], start=1):
+    for size, ended in zip(sizes_of(case), by_case[case], strict=True):
         assert ended.codes == [0] * size, ended.stderr
         assert ended.stderr == [""] * size
         assert ended.stdout[0]
         assert ended.stdout[1:] == [""] * (size - 1)
-    assert_all_wrote_the_same(folder / case, "by1", "by2", "by3")
+    assert_all_wrote_the_same(folder / case, *(f"by{size}" for size in sizes_of(case)))
 
 
 def job(folder: Path, command: str, *options: str) -> list[str]:
