@@ -42,13 +42,17 @@ def milliseconds(work: Callable[[], object], repeat: int = 5) -> float:
     return statistics.median(times)
 
 
-def hessians(num_tokens: int) -> None:
-    """Gate and up's, then down's."""
+def routed(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens of all pairs by expert, and where each expert's begin and end."""
     chosen = torch.rand(num_tokens, EXPERTS, device=DEVICE).topk(TOP_K, dim=1).indices.flatten()
     expert_P, order = chosen.sort()
-    token_P = order // TOP_K
     end_E = torch.bincount(expert_P, minlength=EXPERTS).cumsum(0)
-    begin_E = torch.cat([end_E.new_zeros(1), end_E[:-1]])
+    return order // TOP_K, torch.cat([end_E.new_zeros(1), end_E[:-1]]), end_E
+
+
+def gate_and_up(num_tokens: int) -> None:
+    """Their Hessians, the error of one, and the plain way."""
+    token_P, begin_E, end_E = routed(num_tokens)
     inputs_TD = torch.randn(num_tokens, HIDDEN, device=DEVICE).bfloat16()
     sums = [torch.zeros(SET, HIDDEN, HIDDEN, device=DEVICE) for _ in range(EXPERTS // SET)]
 
@@ -58,10 +62,9 @@ def hessians(num_tokens: int) -> None:
             experts = slice(number * SET, (number + 1) * SET)
             add_products(total, inputs_PD, begin_E[experts], end_E[experts])
 
-    print(f"{num_tokens} tokens, {num_tokens * TOP_K} rows, {EXPERTS} experts")
     print(f"  gate and up, {HIDDEN}: {milliseconds(ups, 3):.1f} ms")
-    sums[0].zero_()
     inputs_PD = inputs_TD[token_P]
+    sums[0].zero_()
     add_products(sums[0], inputs_PD, begin_E[:SET], end_E[:SET])
     rows = inputs_PD[begin_E[0] : end_E[0]].double()
     exact = rows.T @ rows
@@ -73,13 +76,17 @@ def hessians(num_tokens: int) -> None:
             own = inputs_PD[begin:end].float()
             total.addmm_(own.T, own)
 
-    print(f"  gate and up, one float32 product an expert: {16 * milliseconds(by_one, 2):.0f} ms")
-    del sums, inputs_PD, inputs_TD, rows, exact
-    torch.cuda.empty_cache()
+    times = EXPERTS // SET
+    print(f"  gate and up, one float32 product an expert: {times * milliseconds(by_one, 2):.0f} ms")
+
+
+def down(num_tokens: int) -> None:
+    """Of inputs that are there already, by expert."""
+    _, begin_E, end_E = routed(num_tokens)
     middle_PF = torch.randn(num_tokens * TOP_K, INNER, device=DEVICE).bfloat16()
     total = torch.zeros(EXPERTS, INNER, INNER, device=DEVICE)
-    down = milliseconds(lambda: add_products(total, middle_PF, begin_E, end_E), 3)
-    print(f"  down, {INNER}: {down:.1f} ms")
+    spent = milliseconds(lambda: add_products(total, middle_PF, begin_E, end_E), 3)
+    print(f"  down, {INNER}: {spent:.1f} ms")
 
 
 def codes_and_words() -> None:
@@ -114,8 +121,10 @@ def main() -> None:
     options = parser.parse_args()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     torch.manual_seed(0)
-    hessians(options.tokens)
-    torch.cuda.empty_cache()
+    print(f"{options.tokens} tokens, {options.tokens * TOP_K} rows, {EXPERTS} experts")
+    for measured in (gate_and_up, down):
+        measured(options.tokens)
+        torch.cuda.empty_cache()
     codes_and_words()
 
 
