@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,9 +24,9 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from calibration.transfers import OnDevice, OnHost, Transfers
 from models.errors import InputError
-from models.skeleton import Carry
+
+Carry = dict[str, torch.Tensor]
 
 
 def num_bytes(carry: Carry) -> int:
@@ -45,65 +46,42 @@ def digest(carry: Carry) -> str:
 class HiddenStates:
     """Carries by (layer, batch). `budget` bounds the bytes held in RAM; the rest is spilled.
 
-    For a GPU the RAM is pinned, and copies run beside the computing (calibration/transfers.py).
+    One thread may put while another takes.
     """
 
-    def __init__(
-        self, folder: Path, budget: int | None, device: torch.device | str = "cpu"
-    ) -> None:
-        self.folder, self.budget, self.device = folder, budget, torch.device(device)
-        self.transfers = Transfers(self.device) if self.device.type == "cuda" else None
-        self.held: dict[tuple[int, int], OnHost] = {}
+    def __init__(self, folder: Path, budget: int | None) -> None:
+        self.folder, self.budget = folder, budget
+        self.held: dict[tuple[int, int], Carry] = {}
         self.held_bytes = 0
         self.spilled_bytes = 0
         self.digests: dict[tuple[int, int], str] = {}  # of the files
+        self._lock = threading.Lock()  # of what is held
 
     def _path(self, layer: int, batch: int) -> Path:
         return self.folder / f"layer_{layer:05d}" / f"batch_{batch:05d}.safetensors"
 
     def put(self, layer: int, batch: int, carry: Carry) -> None:
         """Store what enters `layer` for `batch` (moved to the CPU)."""
-        size = num_bytes(carry)
-        if self.budget is None or self.held_bytes + size <= self.budget:
-            self.held[layer, batch] = self._on_host(carry)
-            self.held_bytes += size
-        else:
-            self._write(layer, batch, {n: t.detach().cpu().contiguous() for n, t in carry.items()})
+        kept = {name: tensor.detach().to("cpu").contiguous() for name, tensor in carry.items()}
+        size = num_bytes(kept)
+        with self._lock:
+            fits = self.budget is None or self.held_bytes + size <= self.budget
+            if fits:
+                self.held[layer, batch] = kept
+                self.held_bytes += size
+        if not fits:
+            self._write(layer, batch, kept)
             self.spilled_bytes += size
 
-    def _on_host(self, carry: Carry) -> OnHost:
-        if self.transfers is not None and all(tensor.is_cuda for tensor in carry.values()):
-            return self.transfers.fetch(carry)
-        return OnHost({n: t.detach().to("cpu").contiguous() for n, t in carry.items()})
-
-    def take(self, layer: int, batch: int) -> Carry:
-        """What enters `layer` for `batch`, on the CPU; a carry held in RAM is given up."""
-        held = self.held.pop((layer, batch), None)
-        if held is not None:
-            carry = held.settled()
-            self.held_bytes -= num_bytes(carry)
-            return carry
-        return self._read(layer, batch)
-
-    def load(self, layer: int, batch: int, *, keep: bool) -> OnDevice:
-        """What enters `layer` for `batch`, on its way to the device. Without `keep` a carry held
-        in RAM is given up."""
-        held = self.held.get((layer, batch))
-        if held is None:
-            carry = self._read(layer, batch)
-            return OnDevice({name: tensor.to(self.device) for name, tensor in carry.items()})
-        sent = OnDevice(held.carry) if self.transfers is None else self.transfers.send(held)
-        if not keep:
-            self._drop((layer, batch))
-        return sent
-
-    def _drop(self, key: tuple[int, int]) -> None:
-        carry = self.held.pop(key).carry
-        self.held_bytes -= num_bytes(carry)
-        if self.transfers is not None:
-            self.transfers.release(carry)
-
-    def _read(self, layer: int, batch: int) -> Carry:
+    def take(self, layer: int, batch: int, *, keep: bool = False) -> Carry:
+        """What enters `layer` for `batch`; a carry held in RAM is given up unless `keep`."""
+        with self._lock:
+            carry = self.held.get((layer, batch))
+            if carry is not None:
+                if not keep:
+                    del self.held[layer, batch]
+                    self.held_bytes -= num_bytes(carry)
+                return carry
         path = self._path(layer, batch)
         if not path.exists():
             raise InputError(
@@ -150,15 +128,15 @@ class HiddenStates:
 
         Returns the digest of each batch's file, for the journal.
         """
-        for held_layer, batch in sorted(self.held):
+        for (held_layer, batch), carry in sorted(self.held.items()):
             if held_layer == layer:
-                self._write(layer, batch, self.held[layer, batch].settled())
+                self._write(layer, batch, carry)
         return [value for (entered, _), value in sorted(self.digests.items()) if entered == layer]
 
     def forget_before(self, layer: int) -> None:
         """Delete every generation older than `layer` from RAM and disk."""
         for key in [key for key in self.held if key[0] < layer]:
-            self._drop(key)
+            self.held_bytes -= num_bytes(self.held.pop(key))
         for key in [key for key in self.digests if key[0] < layer]:
             del self.digests[key]
         if self.folder.exists():
@@ -169,4 +147,4 @@ class HiddenStates:
     def forget_from_ram(self, layer: int) -> None:
         """Drop carries entering `layer` from RAM (their use is over)."""
         for key in [key for key in self.held if key[0] == layer]:
-            self._drop(key)
+            self.held_bytes -= num_bytes(self.held.pop(key))

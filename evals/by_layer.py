@@ -69,7 +69,7 @@ def damage_by_layer(
             return found
         budget = None if settings.memory is None else settings.memory // 3
         states = {
-            name: HiddenStates(journal.folder / f"hidden-{name}", budget, device)
+            name: HiddenStates(journal.folder / f"hidden-{name}", budget)
             for name in ("whole", "trunk", "branch")
         }
         skeletons = [Skeleton(one.source, dtype=dtype, device=device) for one in (base, own)]
@@ -114,6 +114,6 @@ def run_whole(whole: LayerWalk, progress: Progress) -> None:
 def fork(trunk: LayerWalk, branch: LayerWalk, layer: int) -> None:
     """Copy what enters `layer` to the branch."""
     for number in range(len(trunk.cuts)):
-        carry = trunk.hidden_states.load(layer, number, keep=True).ready()
+        carry = trunk.hidden_states.take(layer, number, keep=True)
         copy = {name: tensor.clone() for name, tensor in carry.items()}
         branch.hidden_states.put(layer, number, copy)

@@ -141,7 +141,7 @@ def evaluate_all(
             if journal.done(f"result {name}"):
                 results[name] = dict(journal.facts(f"result {name}")["result"])
                 continue
-            states = HiddenStates(journal.folder / f"hidden-{name}", budget, device)
+            states = HiddenStates(journal.folder / f"hidden-{name}", budget)
             skeleton = Skeleton(one.source, dtype=dtypes[name], device=device)
             walk = LayerWalk(skeleton, tokens, states, batch_tokens, processes=processes)
             walk_layers(
@@ -219,9 +219,8 @@ def compare(
     for number in walk.own:
         tally.begin_batch()
         batch = walk.batch(number)
-        carries = [  # another model may be compared with the reference: its states stay
-            one.hidden_states.load(one.num_layers, number, keep=one is reference).ready()
-            for one in walks
+        carries = [  # another model may be compared with the reference
+            one.hidden_states.take(one.num_layers, number, keep=one is reference) for one in walks
         ]
         width = batch.input_ids.shape[1]
         sample_B = torch.tensor(batch.samples)

@@ -211,7 +211,7 @@ def quantize(
         walk = None
         if runs and tokens is not None:
             skeleton = Skeleton(opened.source, dtype=plan.dtype, device=device)
-            states = HiddenStates(journal.folder / "hidden", settings.memory, device)
+            states = HiddenStates(journal.folder / "hidden", settings.memory)
             walk = LayerWalk(skeleton, tokens, states, batch_tokens, processes=processes)
         run_layers(plan, walk, settings, device, journal, progress, ahead, processes)
         return processes.from_first(

@@ -179,7 +179,7 @@ def _run_layers(
     """Every layer's sums, in files of the job's folder."""
     device, dtype, batch_tokens = how
     skeleton = Skeleton(opened.source, dtype=dtype, device=device)
-    states = HiddenStates(journal.folder / "hidden", settings.memory, device)
+    states = HiddenStates(journal.folder / "hidden", settings.memory)
     walk = LayerWalk(
         skeleton, tokens, states, batch_tokens, pack=settings.pack, processes=processes
     )
@@ -344,7 +344,8 @@ def _score_mtp(
         ]
         mask = batch.attention_mask
         mask = None if mask is None else mask.to(skeleton.device)
-        carry = walk.hidden_states.load(layer, number, keep=False).ready()
+        carry = walk.hidden_states.take(layer, number)
+        carry = {name: tensor.to(skeleton.device) for name, tensor in carry.items()}
         positions = batch.position_ids
         positions = None if positions is None else positions.to(skeleton.device)
         out = mtp.run(next_ids.to(skeleton.device), mask, carry, positions)
