@@ -75,6 +75,12 @@ class Repair:
         self.pruned = pruned_view(opened, plan)
         refuse_other_models(opened, plan)
         check_tokens(opened, settings.tokens)
+        samples = len(settings.tokens.lengths())
+        if "down" in settings.kinds and samples < HELD_OUT:
+            raise InputError(
+                f"--repair down holds out one sample of {HELD_OUT} to choose its ridge, the token "
+                f"set has {samples}; make a larger one with thresher tokens"
+            )
 
     @property
     def job(self) -> dict[str, Any]:

@@ -98,9 +98,17 @@ def test_fp8_blocks_are_those_of_the_format(shape: tuple[int, int], power_of_two
     assert error <= wanted_error * 1.01
 
 
-def repaired(folder: Path, model: Path, plan: PrunePlan, kinds: tuple[RepairKind, ...]) -> Path:
+def repaired(
+    folder: Path,
+    model: Path,
+    plan: PrunePlan,
+    kinds: tuple[RepairKind, ...],
+    samples: int = 16,
+) -> Path:
     opened = open_model(model)
-    tokens = random_token_set(opened.spec.text["vocab_size"], lengths=LENGTHS, domains=(0, 1) * 8)
+    tokens = random_token_set(
+        opened.spec.text["vocab_size"], LENGTHS[:samples], ((0, 1) * 8)[:samples]
+    )
     settings = RepairSettings(kinds=kinds, tokens=tokens, device="cpu", batch_tokens=64)
     prune_checkpoint(opened.source, plan, folder, repair=Repair(opened, plan, settings))
     return folder
@@ -166,6 +174,12 @@ def test_kinds_are_read_in_the_order_they_are_made() -> None:
     assert repair_kinds("down, scales") == ("scales", "down")
     with pytest.raises(InputError, match="'bias' is unknown"):
         repair_kinds("bias")
+
+
+def test_too_few_samples_to_choose_a_ridge_are_refused(tmp_path: Path) -> None:
+    model = tiny_model("qwen3_moe", tmp_path / "model")
+    with pytest.raises(InputError, match="the token set has 3"):
+        repaired(tmp_path / "out", model, plan_for(open_source(model)), ("down",), samples=3)
 
 
 def repairing(out: Path, model: str, plan_file: str) -> None:
