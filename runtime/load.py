@@ -106,7 +106,7 @@ class Loader:
     ) -> None:
         self.opened, self.dtype, self.device, self.settings = opened, dtype, device, settings
         self.source, self.spec = opened.source, opened.spec
-        self.choice = Choice(settings.backend, device)
+        self.choice = Choice(settings.backend, device, dtype)
         self.skeleton = Skeleton(
             opened.source, dtype=dtype, device=device, attention=settings.attention
         )
