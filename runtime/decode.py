@@ -23,7 +23,7 @@ from runtime.packed import PackedWeights
 from runtime.storage import Storage
 
 # an entry of a table as one element, by its bytes: gathering those is one move each
-WORD = {8: torch.int64, 16: torch.complex128}
+WORD = {4: torch.int32, 8: torch.int64, 16: torch.complex128}
 SHIFTS = (0, 12, 24, 36)
 
 
@@ -85,7 +85,7 @@ def code_values(storage: Storage, codes: torch.Tensor, dtype: torch.dtype) -> to
     offset = 0 if storage.zero_points else 1 << (bits - 1)
     if bits == 3 and columns % 32 == 0:
         table = code_table(3, 12, offset, dtype, codes.device)
-        return table.index_select(0, _twelve_bits(codes)).view(dtype).view(-1, columns)
+        return table.index_select(0, twelve_bits(codes)).view(dtype).view(-1, columns)
     if bits == 4:
         table = code_table(4, 16, offset, dtype, codes.device)
         return look_up(codes.view(torch.int16), table, dtype)[:, :columns].contiguous()
@@ -110,7 +110,7 @@ def look_up(index: torch.Tensor, table: torch.Tensor, dtype: torch.dtype) -> tor
     return table.index_select(0, places).view(dtype).view(index.shape[0], -1)
 
 
-def _twelve_bits(codes: torch.Tensor) -> torch.Tensor:
+def twelve_bits(codes: torch.Tensor) -> torch.Tensor:
     """int32 words, three for 32 codes of 3 bits -> indices of four codes each, int64, flat.
 
     48 bits (three 16-bit halves) are widened to 64, so that four shifts give four indices.

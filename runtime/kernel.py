@@ -18,6 +18,7 @@ from runtime.packed import PackedWeights
 from runtime.storage import Storage
 
 TILE_CPU = 1 << 19  # weights decoded at a time: 1 MB of bfloat16, a core's second cache
+TILE_BF16 = 1 << 21  # where runtime/cpu_tiles.py decodes: oneDNN wants some hundred rows at once
 TILE_GPU = 1 << 26
 
 
@@ -73,9 +74,9 @@ class TorchKernel:
     def _by_tiles(self, weights: PackedWeights, expert: int, x_MK: torch.Tensor) -> torch.Tensor:
         storage = weights.storage
         height = storage.height
-        step = max(1, tile_weights(x_MK) // storage.columns)
         on_cpu = x_MK.device.type == "cpu" and x_MK.dtype == torch.bfloat16
         fast = on_cpu and self.tiles.supports(storage)
+        step = max(1, (TILE_BF16 if fast else tile_weights(x_MK)) // storage.columns)
         which = torch.full((1,), expert, device=x_MK.device)
         out_MN = x_MK.new_empty(x_MK.shape[0], height)
         for start in range(0, height, step):
