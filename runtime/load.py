@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import dispatch_model
 from torch import nn
 from transformers import GenerationConfig
 
@@ -35,7 +34,7 @@ from models.skeleton import Skeleton
 from runtime.choice import Backend, Choice
 from runtime.packed import PackedWeights
 from runtime.packing import PackedModules, up_roles
-from runtime.placement import EMBED, HEAD, device_of, module_paths, place
+from runtime.placement import EMBED, HEAD, device_of, module_paths, place, spread
 from runtime.sampling import Sampling
 
 
@@ -123,9 +122,7 @@ class Loader:
             progress(Step(job="load", done=index + 1, total=self.spec.num_layers))
         skeleton.base.layers = nn.ModuleList(skeleton.layers)
         skeleton.base.config.use_cache = True
-        model = skeleton.model
-        if len(set(placement.values())) > 1:
-            model = dispatch_model(model, device_map=dict(placement))
+        model = spread(skeleton.model, placement)
         tensors = [*model.parameters(), *model.buffers()]
         return Loaded(
             model=model,

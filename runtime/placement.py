@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate import infer_auto_device_map
+from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_max_memory
 from torch import nn
 
@@ -45,6 +45,13 @@ def place(
             "checkpoint"
         )
     return placement
+
+
+def spread(model: Any, placement: Mapping[str, Any]) -> Any:
+    """The loaded model, activations moved between its devices where it lies on several."""
+    if len(set(placement.values())) == 1:
+        return model
+    return dispatch_model(model, device_map=dict(placement))
 
 
 def module_paths(skeleton: Skeleton) -> list[tuple[str, str]]:
