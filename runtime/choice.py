@@ -2,8 +2,9 @@
 
     auto      on a CUDA device Humming where it is installed and supports card and format, else
               our Triton kernels where Triton is there and supports the format, else torch
-    humming, triton, int4, torch
+    humming, triton, torch
               that one; formats it does not support are an error, so nothing is silently slow
+    int4      runtime/int4.py on a CPU, for the matrices that fit its blocks; torch for the others
 
 Plain (unquantized) weights always go to torch's own products.
 """
@@ -51,7 +52,7 @@ class Choice:
         for kernel in self.kernels:
             if storage.kind != "plain" and kernel.supports(storage):
                 return kernel
-        if storage.kind != "plain" and self.backend not in ("auto", "torch"):
+        if storage.kind != "plain" and self.backend in ("humming", "triton"):
             raise InputError(
                 f"--backend {self.backend} does not support {storage.title} with "
                 f"{storage.columns} columns; use --backend auto"
