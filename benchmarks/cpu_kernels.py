@@ -55,13 +55,18 @@ def main() -> None:
     plain = [torch.randn(rows, columns).bfloat16() for _ in range(COPIES)]
     kernels = {"torch": TorchKernel(), "int4": Int4Kernel()}
     held: dict[tuple[str, str], list[PackedWeights]] = {}
+    errors = {("bf16", ""): ""}
+    one = torch.randn(1, columns).bfloat16()
     for kernel_name, kernel in kernels.items():
         for name in FORMATS:
             if not kernel.supports(storage(name, 1, rows, columns)):
                 continue
             all_of_it = [random_weights(name, rows, columns) for _ in range(COPIES)]
+            exact = one.double() @ TorchKernel().decode(all_of_it[0], 0, torch.float32).double().T
             for weights in all_of_it:
                 kernel.prepare(weights)
+            error = (kernel.linear(all_of_it[0], one) - exact).norm() / exact.norm()
+            errors[name, kernel_name] = f"{error:.4f}"
             held[name, kernel_name] = all_of_it
     times: dict[tuple[str, str, int], list[float]] = {}
     with torch.inference_mode():
@@ -80,14 +85,14 @@ def main() -> None:
                         for key, seconds in took:
                             times.setdefault(key, []).append(seconds)
     print(f"{rows}x{columns}, {options.threads} threads, ms (times bf16)")
-    print(f"{'':14}" + "".join(f"{f'{tokens} tokens':>18}" for tokens in TOKENS))
+    print(f"{'':14}" + "".join(f"{f'{tokens} tokens':>18}" for tokens in TOKENS) + f"{'error':>9}")
     for name, kernel_name in (("bf16", ""), *held):
         cells = ""
         for tokens in TOKENS:
             own = statistics.median(times[name, kernel_name, tokens])
             base = statistics.median(times["bf16", "", tokens])
             cells += f"{f'{own * 1e3:.2f} ({own / base:.2f})':>18}"
-        print(f"{name:7}{kernel_name:7}{cells}", flush=True)
+        print(f"{name:7}{kernel_name:7}{cells}{errors[name, kernel_name]:>9}")
 
 
 if __name__ == "__main__":
