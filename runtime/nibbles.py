@@ -11,7 +11,7 @@ packing row numbers, not assumed. Everything narrow fits into it, 64 rows by 64 
     4 bits   as it is: z = 0
     3 bits   nibbles of 3 bits, w = (c − 4) · s: z = 4s. Kept as three quarters of the words, whose
              spare fourth bits hold the last quarter: word i of the quarters
-             Q0 Q1 Q2 Q3 becomes Q_i | bit_i(Q3) << 3, so some ten operations on words of 8 codes undo it
+             Q0 Q1 Q2 Q3 becomes Q_i | bit_i(Q3) << 3; some ten operations on whole words undo it
     NVFP4    E2M1 nibbles; for a product each becomes two, |2v| and |2v| where v < 0 (0..12), as two
              groups' halves of 16 columns: Σ v·s·x = Σ |2v|·s·(x/2) − Σ [v<0]|2v|·s·x, exact in
              float32 but for the sum itself
