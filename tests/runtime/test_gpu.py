@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from quant.export import Layout
 from runtime.load import LoadSettings, load_model
 from tests.runtime.oracle import DEMO, decoded_model, quantized_demo, quantized_qwen
 from tests.runtime.test_load import SCHEMES, greedy, prompt
@@ -40,6 +41,16 @@ def test_same_words(model: str, scheme: str, backend: str, tmp_path: Path) -> No
     same = next((i for i, (a, b) in enumerate(zip(*words, strict=True)) if a != b), 64)
     assert error < 0.02
     assert same == 64, f"{same} tokens are equal, logits differ by {error:.4f}"
+
+
+@pytest.mark.parametrize(("layout", "scheme"), [("gptq", "W4A16"), ("modelopt", "NVFP4")])
+def test_exports_say_the_same_words(layout: Layout, scheme: str, tmp_path: Path) -> None:
+    """F16 scales of GPTQ and turned global scales of ModelOpt, by the kernels chosen for them."""
+    path = quantized_qwen(scheme, tmp_path, layout, **LARGE)
+    loaded = load_model(path, LoadSettings(device="cuda:0"))
+    reference = decoded_model(path, tmp_path / "decoded").to("cuda")
+    ids = prompt(loaded.spec.text["vocab_size"]).to("cuda")
+    assert greedy(loaded.model, ids) == greedy(reference, ids)
 
 
 def test_gpu_and_host_share_a_model(tmp_path: Path) -> None:
