@@ -83,18 +83,18 @@ def decoded(x0, x1, x2, x3, ones, mask, mask_high, s, p: tl.constexpr, FORMAT: t
             DOT: tl.constexpr):  # fmt: skip
     """Pair p of all words of a span: [BN, 16, 2], columns 32p + 2·word + half."""
     if FORMAT == INT3:
-        i: tl.constexpr = p % 5
+        step: tl.constexpr = 3 * (p % 5)
         word = x0 if p < 5 else (x1 if p < 10 else x2)
         if p == 15:
             bits = ((x0 >> 15) & 0x00010001) | ones
             bits = ((x1 >> 14) & 0x00020002) | bits
             bits = ((x2 >> 13) & 0x00040004) | bits
             value = numbers(bits, twice(0x3F80), twice(0xC304), DOT)  # · 1 − 132
-        elif i % 2 == 0:
-            bits = ((word >> (3 * i)) & mask) | ones
+        elif step % 2 == 0:
+            bits = ((word >> step) & mask) | ones
             value = numbers(bits, twice(0x3F80), twice(0xC304), DOT)
         else:
-            bits = ((word >> (3 * i - 3)) & mask_high) | ones
+            bits = ((word >> (step - 3)) & mask_high) | ones
             value = numbers(bits, twice(0x3E00), twice(0xC1A0), DOT)  # / 8 − 20
     else:
         PAIRS: tl.constexpr = 2 if FORMAT == FP8 else 4
@@ -211,9 +211,7 @@ def packed_rows(
                     x0, x1, x2, x3, ones, code_mask, code_mask_high, s, g * PER + t, FORMAT, DOT
                 )
                 x_TK = tl.load(inputs + span * SPAN + (g * PER + t) * 32)
-                part = tl.dot(
-                    laid_out(value, BN), tl.trans(laid_out(x_TK.to(DOT), BT)), part
-                )
+                part = tl.dot(laid_out(value, BN), tl.trans(laid_out(x_TK.to(DOT), BT)), part)
             if PER == TILES and SIZE != SPAN:
                 total = part
             else:
