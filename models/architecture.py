@@ -127,6 +127,7 @@ class Architecture:
     norm: str = "model.norm.weight"
     head: str = "lm_head.weight"
     attention: tuple[str, ...] = ("self_attn.",)
+    indexer: str | None = None  # module below a layer that models/sparse_attention.py stands in for
     dense: tuple[str, ...] = ("mlp.",)
     # config keys of the number of decoder layers; a list or string there counts by its length
     num_layers: tuple[str, ...] = ("num_hidden_layers",)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 TOKENS_SUMMED_AT_ONCE = 1024
+TRITON = find_spec("triton") is not None  # comes with torch's CUDA builds for Linux
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class RoutedBatch:
     inputs_TD: torch.Tensor
     outputs_PD: torch.Tensor  # expert outputs before weighting
     weights_applied_to_input: bool = False
+    norms_P: torch.Tensor | None = None  # float32 |outputs| of each pair, where they came for free
 
 
 Observer = Callable[[RoutedBatch], None]
@@ -83,16 +86,25 @@ class RoutedExperts(nn.Module):
     module holds no parameters: `weights` is set while its layer is resident.
     """
 
-    def __init__(self, layer: int, original: nn.Module, num_experts: int) -> None:
+    def __init__(
+        self,
+        layer: int,
+        original: nn.Module,
+        num_experts: int,
+        *,
+        zero_experts: bool = False,
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.num_experts = num_experts
+        self.zero_experts = zero_experts  # ids beyond num_experts return their input (LongCat)
         self.weights: ExpertWeights | None = None
         self.observe: Observer | None = None
         self.transposed = bool(getattr(original, "is_transposed", False))
         self.gated = bool(getattr(original, "has_gate", True))
         # modules written without transformers' experts interface add expert by expert
         self.sums_in_place = not hasattr(original, "has_gate")
+        self.gated_silu = self.gated and _is_gated_silu(original)
         # a tuple hides its parameters from state_dict; its attributes are transformers' own
         self._original: tuple[Any] = (original,)
 
@@ -106,6 +118,7 @@ class RoutedExperts(nn.Module):
         outputs_PD: torch.Tensor,
         *,
         weights_applied_to_input: bool = False,
+        norms_P: torch.Tensor | None = None,
     ) -> None:
         """Hand the record of this batch to the observer, where there is one."""
         if self.observe is None:
@@ -120,14 +133,20 @@ class RoutedExperts(nn.Module):
                 inputs_TD=inputs_TD,
                 outputs_PD=outputs_PD,
                 weights_applied_to_input=weights_applied_to_input,
+                norms_P=norms_P,
             )
         )
 
     def activate(self, up_PF: torch.Tensor) -> torch.Tensor:
-        """The family's activation, by transformers' own code. [P, 2F or F] -> [P, F]."""
+        """The family's activation, by transformers' own code or (silu gating in 16 bits on a GPU)
+        by a kernel that rounds where it does. [P, 2F or F] -> [P, F]."""
         original = self._original[0]
         if not self.gated:
             return original.act_fn(up_PF)
+        if self.gated_silu and _has_kernels(up_PF):
+            from models.kernels.experts import gated_silu
+
+            return gated_silu(up_PF)
         if hasattr(original, "_apply_gate"):
             return original._apply_gate(up_PF)
         gate, up = up_PF.chunk(2, dim=-1)
@@ -167,11 +186,21 @@ class RoutedExperts(nn.Module):
             expert_P, order_P = torch.sort(flat_P)
             token_P = order_P // top_k
             weight_P = top_k_weights.reshape(-1)[order_P]
-        counts_E = torch.bincount(flat_P, minlength=self.num_experts)
-        routed = int(counts_E[: self.num_experts].sum())  # LongCat: identity experts sort behind
-        offsets_E = counts_E[: self.num_experts].cumsum(0)
+        every_E = torch.arange(self.num_experts, device=expert_P.device)
+        offsets_E = torch.searchsorted(expert_P, every_E, right=True)
+        # zero-computation experts sort behind; asking how many there are waits for a GPU
+        routed = int(offsets_E[-1]) if self.zero_experts else len(expert_P)
         inputs_PD = hidden_states[token_P]
         outputs_PD = self.expert_outputs(inputs_PD[:routed], expert_P[:routed], offsets_E)
+        fused = not self.sums_in_place and not self.zero_experts and _has_kernels(outputs_PD)
+        total_TD = norms_P = None
+        if fused:
+            from models.kernels.experts import combine
+
+            place_P = _inverse(order_P)
+            total_TD, norms_P = combine(
+                outputs_PD, top_k_weights, place_P, norms=self.observe is not None
+            )
         self.show(
             offsets_E,
             expert_P[:routed],
@@ -179,13 +208,35 @@ class RoutedExperts(nn.Module):
             weight_P[:routed],
             hidden_states,
             outputs_PD,
+            norms_P=norms_P,
         )
+        if total_TD is not None:
+            return total_TD
         if routed < len(expert_P):  # zero-computation experts return their input
             outputs_PD = torch.cat([outputs_PD, inputs_PD[routed:]])
         if self.sums_in_place:
             weighted_PD = outputs_PD * weight_P.unsqueeze(-1)
-            return _sum_expert_by_expert(weighted_PD, token_P, counts_E, hidden_states)
+            return _sum_expert_by_expert(weighted_PD, token_P, expert_P, hidden_states)
         return _sum_by_token(outputs_PD, weight_P, order_P, hidden_states)
+
+
+def _has_kernels(tensor: torch.Tensor) -> bool:
+    """Whether models/kernels is for tensors like this one."""
+    return TRITON and tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+def _is_gated_silu(original: nn.Module) -> bool:
+    """Whether the family's activation is silu(gate) * up with the halves one behind the other."""
+    own = getattr(type(original), "_apply_gate", None)
+    default = own is None or own.__name__ == "_default_apply_gate"  # transformers' own
+    return default and isinstance(getattr(original, "act_fn", None), nn.SiLU)
+
+
+def _inverse(order_P: torch.Tensor) -> torch.Tensor:
+    """Where each element went: inverse[order[i]] = i."""
+    place_P = torch.empty_like(order_P)
+    place_P[order_P] = torch.arange(len(order_P), device=order_P.device)
+    return place_P
 
 
 def _sum_by_token(
@@ -197,8 +248,7 @@ def _sum_by_token(
     """
     num_tokens = len(like)
     top_k = len(order_P) // num_tokens
-    place_P = torch.empty_like(order_P)
-    place_P[order_P] = torch.arange(len(order_P), device=order_P.device)
+    place_P = _inverse(order_P)
     total = torch.empty_like(like)
     for start in range(0, num_tokens, TOKENS_SUMMED_AT_ONCE):
         rows = place_P[start * top_k : (start + TOKENS_SUMMED_AT_ONCE) * top_k]
@@ -210,11 +260,11 @@ def _sum_by_token(
 
 
 def _sum_expert_by_expert(
-    weighted_PD: torch.Tensor, token_P: torch.Tensor, counts_E: torch.Tensor, like: torch.Tensor
+    weighted_PD: torch.Tensor, token_P: torch.Tensor, expert_P: torch.Tensor, like: torch.Tensor
 ) -> torch.Tensor:
     total = torch.zeros_like(like)
     start = 0
-    for count in counts_E.tolist():
+    for count in torch.bincount(expert_P).tolist():
         if count:
             rows = slice(start, start + count)
             total.index_add_(0, token_P[rows], weighted_PD[rows].to(total.dtype))

@@ -43,6 +43,7 @@ class MTPLayer:
             layer = type(skeleton.layers[last])(skeleton.model.config, last)
         self.layer = layer.to(skeleton.dtype).eval().requires_grad_(False)
         self.experts: RoutedExperts = skeleton.adopt_experts(self.layer, index)
+        skeleton.adopt_indexer(self.layer)
         self.norms: dict[str, nn.Module] = {}
         self.projection: torch.Tensor | None = None
 

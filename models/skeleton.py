@@ -44,6 +44,7 @@ from models.expert_weights import check_finite, load_expert_weights
 from models.experts import InputWeightedBlock, Observer, RoutedExperts
 from models.memory import release_freed_memory
 from models.source_formats import Source
+from models.sparse_attention import Indexer
 
 Carry = dict[str, torch.Tensor]  # "hidden_states" and what the family hands on besides
 
@@ -124,6 +125,8 @@ class Skeleton:
         self.layers: list[nn.Module] = list(self.base.layers)
         self.experts: dict[int, RoutedExperts] = {}
         self._replace_experts()
+        for layer in self.layers:
+            self.adopt_indexer(layer)
         self.slots = [LayerSlot(la, self.spec.architecture.carry) for la in self.layers]
         self.embedding = self.model.get_input_embeddings()
         self.zero_embedding = ZeroEmbedding(self.spec.hidden_size, dtype, self.device)
@@ -155,13 +158,28 @@ class Skeleton:
         parent_path, _, name = moe.module.rpartition(".")
         parent = layer.get_submodule(parent_path)
         block = getattr(parent, name)
-        experts = RoutedExperts(index, block.experts, self.spec.num_experts_of(index))
+        experts = RoutedExperts(
+            index,
+            block.experts,
+            self.spec.num_experts_of(index),
+            zero_experts=self.spec.zero_experts > 0,
+        )
         if moe.weights_input:
             experts.transposed = True
             setattr(parent, name, InputWeightedBlock(block, experts))
         else:
             block.experts = experts
         return experts
+
+    def adopt_indexer(self, layer: nn.Module) -> None:
+        """Replace the indexer of a decoder layer by ours, where the family and the layer have
+        one (GLM-5: not every layer)."""
+        parent_path, _, name = (self.spec.architecture.indexer or "").rpartition(".")
+        if name:
+            parent = layer.get_submodule(parent_path)
+            original = getattr(parent, name, None)
+            if original is not None:
+                setattr(parent, name, Indexer(original))
 
     def _fill_buffers(self, module: nn.Module) -> None:
         """Compute non-persistent buffers (rotary frequencies), which no file holds."""

@@ -104,7 +104,9 @@ class PruneAhead:
         assert walk is not None
         assert journal is not None
         if layer in self.source.plan.layers:
-            stats = LayerStats.empty(self.opened.spec.num_experts, tuple(self.tokens.domains))
+            stats = LayerStats.empty(
+                self.opened.spec.num_experts, tuple(self.tokens.domains), self.device
+            )
             assert self.damage is not None
             observe = self.damage.beside(layer, summing(stats))
             walk.run(layer, observe, *self.damage.finisher(layer))

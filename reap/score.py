@@ -154,7 +154,7 @@ def _score(
     def observer(layer: int) -> BatchObserver | None:
         if layer not in scored:
             return None
-        collected[layer] = LayerStats.empty(opened.spec.num_experts, domains)
+        collected[layer] = LayerStats.empty(opened.spec.num_experts, domains, device)
         return damage.beside(layer, summing(collected[layer]))
 
     def after(layer: int) -> None:
@@ -173,7 +173,7 @@ def _score(
     )
     for number, layer in enumerate(mtp_layers):
         if not journal.done(f"score mtp {layer}"):
-            stats = LayerStats.empty(opened.spec.num_experts, domains)
+            stats = LayerStats.empty(opened.spec.num_experts, domains, device)
             _score_mtp(walk, layer, summing(stats), last=number == len(mtp_layers) - 1)
             write_layer(journal, layer, stats)
             journal.record(f"score mtp {layer}")
@@ -202,16 +202,13 @@ def summing(stats: LayerStats) -> Callable[[RoutedBatch, Batch], None]:
     """The observer that adds what a batch's experts did to `stats`."""
 
     def add(record: RoutedBatch, batch: Batch) -> None:
-        domain_P = batch.domain_T.to(record.token_P.device)[record.token_P]
-        real_P = domain_P != PADDING
-        norms_P = row_norms(record.outputs_PD)
+        domain_P = batch.domain_T.to(record.token_P.device, non_blocking=True)[record.token_P]
+        norms_P = row_norms(record.outputs_PD) if record.norms_P is None else record.norms_P
         weights_P = record.router_weights_P.double()
         if record.weights_applied_to_input:
             # Llama-4: the contribution is f(w x); the norm before weighting is its norm over w
             norms_P = norms_P / weights_P
-        stats.add_routed(
-            record.expert_P[real_P], domain_P[real_P], weights_P[real_P], norms_P[real_P]
-        )
+        stats.add_routed(record.expert_P, domain_P, weights_P, norms_P)
 
     return add
 
@@ -327,6 +324,7 @@ def _sums_path(journal: Journal, layer: int) -> Path:
 
 
 def write_layer(journal: Journal, layer: int, stats: LayerStats) -> None:
+    stats = stats.cpu()
     stats.check_finite(layer)
     write_atomically(_sums_path(journal, layer), save_tensors(stats.to_tensors(layer)))
 

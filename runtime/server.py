@@ -19,24 +19,23 @@ import contextlib
 import json
 import logging
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from models.errors import InputError
-from runtime.conversation import AnswerStream, Conversations, Delta
+from runtime.conversation import AnswerStream, Conversations
 from runtime.engine import Engine, QueueFullError
 from runtime.engine import Request as Running
-from runtime.openai_bodies import Answers, Asked, error_body, read_body, usage
+from runtime.openai_bodies import Asked, error_body, read_body
 from runtime.sampling import Sampling
-from runtime.text import TextStream
+from runtime.turn import Events, Turn
 
 BODY_BYTES = 16 << 20
 log = logging.getLogger("thresher.server")
@@ -172,7 +171,9 @@ class Service:
         except QueueFullError as full:
             body = error_body(str(full), "rate_limit_error", "queue_full")
             return JSONResponse(body, status_code=429, headers={"Retry-After": "1"})
-        turn = Turn(self, asked, running, tokens, reader, chat=chat)
+        turn = Turn(
+            self.engine, self.tokenizer, self.name, asked, running, tokens, reader, chat=chat
+        )
         if asked.stream:
             return Events(turn.events(), self.engine, running)
         return await turn.whole(request)
@@ -188,132 +189,6 @@ class Service:
         reader = AnswerStream(None, False)
         reader.state = "content"
         return ids, reader
-
-
-class Events(StreamingResponse):
-    """Server-sent events; however sending them ends, the request does too."""
-
-    def __init__(self, events: AsyncIterator[str], engine: Engine, running: Running) -> None:
-        super().__init__(events, media_type="text/event-stream")
-        self.engine, self.running = engine, running
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send them."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:  # a client may have left before the first event was asked for
-            self.engine.cancel(self.running)
-
-
-class Turn:
-    """One request on its way: tokens in, pieces of the answer out."""
-
-    def __init__(
-        self,
-        service: Service,
-        asked: Asked,
-        running: Running,
-        tokens: asyncio.Queue[int | None],
-        reader: AnswerStream,
-        *,
-        chat: bool,
-    ) -> None:
-        self.service, self.asked, self.running = service, asked, running
-        self.tokens, self.reader, self.chat = tokens, reader, chat
-        # marks of reasoning and calls may be special tokens
-        self.text = TextStream(service.tokenizer, asked.sampling.stop, special=chat)
-        self.answers = Answers(service.name, chat=chat)
-        self.called = False
-
-    async def pieces(self) -> AsyncGenerator[Delta, None]:
-        """Pieces as they become certain; the request is given up when nobody waits any more."""
-        try:
-            while not self.text.stopped and (token := await self.tokens.get()) is not None:
-                yield self.reader.push(self.text.push(token))
-            yield self.reader.push(self.text.finish())
-            ended = self.text.stopped or self.running.reason == "stop"
-            last = self.reader.finish(ended=ended)
-            self.called = bool(last.tool_calls)
-            yield last
-        finally:
-            self.service.engine.cancel(self.running)
-
-    @property
-    def reason(self) -> str:
-        """OpenAI's finish_reason."""
-        if self.called:
-            return "tool_calls"
-        return "length" if self.running.reason == "length" and not self.text.stopped else "stop"
-
-    @property
-    def usage(self) -> dict[str, int]:
-        """Tokens of prompt and answer."""
-        return usage(len(self.running.prompt), len(self.running.tokens))
-
-    async def events(self) -> AsyncGenerator[str, None]:
-        """The answer as server-sent events."""
-        if self.chat:
-            yield event(self.answers.chunk({"role": "assistant", "content": ""}))
-        async with contextlib.aclosing(self.pieces()) as pieces:
-            async for piece in pieces:
-                if self.running.reason == "error":
-                    break
-                for delta in self._deltas(piece):
-                    yield event(self.answers.chunk(delta))
-        if self.running.reason == "error":
-            yield event(error_body(self.running.error, "server_error"))
-            return
-        yield event(self.answers.chunk({}, self.reason))
-        if self.asked.include_usage:
-            yield event(self.answers.usage_chunk(self.usage))
-        yield "data: [DONE]\n\n"
-
-    def _deltas(self, piece: Delta) -> list[dict[str, Any]]:
-        if not self.chat:
-            return [{"text": piece.content}] if piece.content else []
-        deltas: list[dict[str, Any]] = []
-        if piece.reasoning:
-            deltas.append({"reasoning_content": piece.reasoning})
-        if piece.content:
-            deltas.append({"content": piece.content})
-        deltas += [
-            {"tool_calls": [{"index": index, **call}]}
-            for index, call in enumerate(piece.tool_calls)
-        ]
-        return deltas
-
-    async def whole(self, request: Request) -> Response:
-        """The answer in one piece; given up when the client goes away before."""
-        collecting = asyncio.create_task(self._collect())
-        leaving = asyncio.create_task(until_disconnected(request))
-        await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        leaving.cancel()
-        if not collecting.done():
-            collecting.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await collecting
-            return Response(status_code=499)
-        message = collecting.result()
-        if self.running.reason == "error":
-            return JSONResponse(error_body(self.running.error, "server_error"), status_code=500)
-        return JSONResponse(self.answers.whole(message, self.reason, self.usage))
-
-    async def _collect(self) -> dict[str, Any]:
-        content = reasoning = ""
-        calls: list[dict[str, Any]] = []
-        async with contextlib.aclosing(self.pieces()) as pieces:
-            async for piece in pieces:
-                content += piece.content
-                reasoning += piece.reasoning
-                calls += piece.tool_calls
-        if not self.chat:
-            return {"text": content}
-        message: dict[str, Any] = {"role": "assistant", "content": content}
-        if reasoning:
-            message["reasoning_content"] = reasoning
-        if calls:
-            message |= {"tool_calls": calls, "content": content or None}
-        return message
 
 
 def post(
@@ -335,17 +210,6 @@ async def read_json(request: Request) -> object:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
         raise InputError(f"the body is not JSON: {error}") from error
-
-
-async def until_disconnected(request: Request) -> None:
-    """Return when the client has closed its connection."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def event(body: dict[str, Any]) -> str:
-    """One server-sent event."""
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
 async def http_error(request: Request, error: Exception) -> Response:

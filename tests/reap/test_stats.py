@@ -129,6 +129,29 @@ def test_batches_of_any_size_give_the_loops_sums(pairs: list[Pair], cuts: list[i
     assert_sums(stats, loop_sums(pairs, 5, 3))
 
 
+def test_padding_is_left_out() -> None:
+    pairs = random_pairs(2, 400, 7, 3)
+    stats = LayerStats.empty(7, DOMAINS)
+    feed(stats, [p if n % 3 else (p[0], 255, *p[2:]) for n, p in enumerate(pairs)])
+    assert_sums(stats, loop_sums([p for n, p in enumerate(pairs) if n % 3], 7, 3))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_segments_are_the_sums_too(device: str) -> None:
+    """What a GPU does with the pairs (torch's CPU can do it as well)."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("wants a CUDA device")
+    pairs = random_pairs(3, 2000, 9, 3)
+    pairs = [p for p in pairs if p[0] != 4]  # an expert without tokens
+    stats = LayerStats.empty(9, DOMAINS, device)
+    for part in (pairs[:700], pairs[700:700], pairs[700:]):
+        table = torch.tensor([p[:2] for p in part], dtype=torch.int64).view(-1, 2)
+        values = torch.tensor([p[2:] for p in part], dtype=torch.float64).view(-1, 2)
+        cells = torch.where(table[:, 1] == 255, 27, table[:, 1] * 9 + table[:, 0])
+        stats._add_segments(cells.to(device), *values.to(device).unbind(1))
+    assert_sums(stats.cpu(), loop_sums(pairs, 9, 3))
+
+
 def test_one_expert_at_a_time_is_the_same_as_routed_pairs() -> None:
     pairs = sorted(random_pairs(1, 500, 7, 3), key=lambda p: p[0])
     by_expert, together = LayerStats.empty(7, DOMAINS), LayerStats.empty(7, DOMAINS)
