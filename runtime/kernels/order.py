@@ -22,7 +22,6 @@ import torch
 
 from runtime.decode import raw_codes
 from runtime.packed import PackedWeights
-from runtime.storage import Storage
 
 WORDS = 16
 SPAN = {3: 512, 4: 128, 8: 64}  # columns, by bits

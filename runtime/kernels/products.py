@@ -42,7 +42,7 @@ def fused(pair, factor, offset, DOT: tl.constexpr):
 
     The interpreter (DOT float32) has no bfloat16 and no assembly.
     """
-    if DOT == tl.bfloat16:
+    if DOT == tl.bfloat16:  # noqa: SIM300 - the constant stands second
         made = tl.inline_asm_elementwise(
             "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [pair, factor, offset],
             dtype=tl.int32, is_pure=True, pack=1,
@@ -62,7 +62,7 @@ def fused(pair, factor, offset, DOT: tl.constexpr):
 def numbers(pair, factor, offset, DOT: tl.constexpr):
     """Words of two bfloat16 -> number · factor + offset, the two along a new last dimension."""
     pair = fused(pair, factor, offset, DOT)
-    if DOT == tl.bfloat16:
+    if DOT == tl.bfloat16:  # noqa: SIM300 - the constant stands second
         lo = pair.to(tl.int16).to(tl.bfloat16, bitcast=True)
         hi = (pair >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
@@ -120,7 +120,7 @@ def decoded(x0, x1, x2, x3, ones, mask, mask_high, s, p: tl.constexpr, FORMAT: t
 
 @triton.jit
 def laid_out(value, ROWS: tl.constexpr):
-    """32 columns in the instructions' order: a lane has 8 in sequence, 4 of each instruction's 16."""
+    """32 columns in two instructions' order: a lane's 8 in sequence are 4 of each one's 16."""
     split = tl.reshape(value, (ROWS, 4, 2, 2, 2))
     return tl.reshape(tl.permute(split, (0, 3, 1, 2, 4)), (ROWS, 32))
 
@@ -132,7 +132,7 @@ def packed_rows(
     rows, N, top_k, ones, code_mask, code_mask_high,
     K: tl.constexpr, PART: tl.constexpr, FORMAT: tl.constexpr, SIZE: tl.constexpr,
     ROW_BLOCK: tl.constexpr, PLAN: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
-    DOT: tl.constexpr, SPAN: tl.constexpr, WARPS: tl.constexpr,
+    DOT: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """BT tokens (8 and more) of one expert times BN rows.
 
@@ -159,18 +159,14 @@ def packed_rows(
         pair = tl.load(slots + m * BT + slot)
         valid = pair < rows
         pair = tl.where(valid, pair, any_pair)
-    i = tl.arange(0, BN)
-    first = tl.program_id(0) * BN
-    # rows as loaded, 8 a warp, and as the instruction has them, 16 a warp
-    loaded = first + i // (16 * WARPS) * (16 * WARPS) + (i // 8) % WARPS * 16
-    loaded += i // (8 * WARPS) % 2 * 8 + i % 8
-    row = first + i
+    row = tl.program_id(0) * BN + tl.arange(0, BN)
     mask = row < N
-    loaded, row = tl.minimum(loaded, N - 1), tl.minimum(row, N - 1)
+    row = tl.minimum(row, N - 1)
+    matrix_row = (expert * N + row).to(tl.int64)
     BITS: tl.constexpr = 4 if FORMAT == NVFP4 else FORMAT
     PLANES: tl.constexpr = SPAN * BITS // 512
     SPANS: tl.constexpr = K // SPAN
-    words = codes + (expert * N + loaded).to(tl.int64)[:, None] * (K * BITS // 32)
+    words = codes + matrix_row[:, None] * (K * BITS // 32)
     words += tl.arange(0, 16)[None, :]
     inputs = x + (pair // top_k).to(tl.int64)[:, None] * K + tl.arange(0, 32)[None, :]
     TILES: tl.constexpr = SPAN // 32
@@ -179,10 +175,10 @@ def packed_rows(
         per = (PART + ROW_BLOCK - 1) // ROW_BLOCK
         scale_row = expert * (N // PART) * per + row // PART * per + row % PART // ROW_BLOCK
     else:
-        scale_row = expert * N + row
+        scale_row = matrix_row
     if FORMAT == NVFP4:
         j = tl.arange(0, 4)[None, :]
-        scales = scale + (expert * N + loaded).to(tl.int64)[:, None] * (K // 64) + j * 0
+        scales = scale + matrix_row[:, None] * (K // 64) + j * 0
     total = tl.zeros((BN, BT), tl.float32)
     n0 = tl.load(words)
     n1 = tl.load(words + 16) if PLANES > 1 else n0

@@ -30,8 +30,8 @@ from runtime.storage import Storage
 # Triton's interpreter multiplies bfloat16 as if it were integers
 DOT = tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16
 FORMATS = {("int", 3): 3, ("int", 4): 4, ("nvfp4", 4): 16, ("fp8", 8): 8}
-# tokens of a block -> its rows and warps; measured on an H200 (docs/benchmarks.md)
-BLOCKS = {8: (16, 1), 16: (16, 1), 32: (32, 1), 64: (32, 1)}
+# tokens of a block -> its rows; measured on an H200 (docs/benchmarks.md)
+BLOCKS = {8: 16, 16: 16, 32: 32, 64: 32}
 COLUMNS = 1024  # of a program of the kernels around the products
 DECODE_FROM = 128  # tokens an expert, on average
 DECODED = 1 << 28  # weights decoded at a time for many tokens: 512 MiB of bfloat16
@@ -92,7 +92,7 @@ class TritonKernel:
         if not rows:
             return out
         code = FORMATS[storage.kind, storage.bits]
-        height, warps = BLOCKS[plan.tokens]
+        height = BLOCKS[plan.tokens]
         grid = (-(-storage.height // height), plan.blocks)
         four = SPAN[storage.bits] * 4
         products.packed_rows[grid](
@@ -118,8 +118,7 @@ class TritonKernel:
             BN=height,
             DOT=DOT,
             SPAN=four if code != 3 and storage.columns % four == 0 else max(128, four // 4),
-            WARPS=warps,
-            num_warps=warps,
+            num_warps=1,
             num_stages=1,
         )
         return out
