@@ -96,7 +96,7 @@ class TritonKernel:
         grid = (-(-storage.height // height), plan.blocks)
         four = SPAN[storage.bits] * 4
         products.packed_rows[grid](
-            x,
+            x.view(torch.int32),
             weights.codes.view(torch.int32),
             weights.scale.view(torch.int32) if code == 16 else weights.scale,
             weights.global_scale if code == 16 else weights.scale,
@@ -111,7 +111,7 @@ class TritonKernel:
             K=storage.columns,
             PART=storage.rows,
             FORMAT=code,
-            SIZE=storage.block[1] if storage.block[1] <= 128 else 0,
+            SIZE=storage.block[1],
             ROW_BLOCK=storage.block[0],
             PLAN=plan.kind,
             BT=plan.tokens,
