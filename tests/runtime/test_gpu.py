@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from models.errors import InputError
+from runtime.choice import Backend
 from runtime.load import LoadSettings, load_model
 from tests.runtime.oracle import DEMO, decoded_model, quantized_demo, quantized_qwen
 from tests.runtime.test_load import SCHEMES, greedy, prompt
@@ -30,7 +31,7 @@ COUNT = 64
 @pytest.mark.parametrize("scheme", ["native", *SCHEMES])
 @pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
 @pytest.mark.parametrize("model", ["demo", "qwen3_moe"])
-def test_same_words(model: str, scheme: str, backend: str, tmp_path: Path) -> None:
+def test_same_words(model: str, scheme: str, backend: Backend, tmp_path: Path) -> None:
     """Greedy tokens are the decoded bfloat16 model's, ties within its own rounding apart."""
     if model == "demo":
         path = DEMO if scheme == "native" else quantized_demo(scheme, tmp_path / "packed")
@@ -40,8 +41,8 @@ def test_same_words(model: str, scheme: str, backend: str, tmp_path: Path) -> No
         path = quantized_qwen(scheme, tmp_path, **LARGE)
     try:
         loaded = load_model(path, LoadSettings(device="cuda:0", backend=backend))
-    except InputError as error:
-        pytest.skip(str(error))
+    except InputError as refusal:
+        pytest.skip(str(refusal))
     print("\n".join(loaded.describe()))  # noqa: T201 - pytest shows it with -rA
     reference = decoded_model(path, tmp_path / "decoded").to("cuda")
     exact = copy.deepcopy(reference).float()
