@@ -23,6 +23,7 @@ from calibration.packing import check_packable, cut_packed, pack_batch
 from calibration.tokens import TokenSet
 from models.errors import InputError
 from models.experts import RoutedBatch
+from models.processes import ALONE, Processes
 from models.skeleton import Carry, Skeleton
 
 BatchObserver = Callable[[RoutedBatch, Batch], None]
@@ -33,7 +34,8 @@ class LayerWalk:
     """Every batch of `tokens` through `skeleton`, layer by layer.
 
     `hidden_states` holds what is between layers. Layer numbers are the checkpoint's. `pack` puts
-    samples into rows without padding (packing.py); InputError for a model that cannot.
+    samples into rows without padding (packing.py); InputError for a model that cannot. Of several
+    `processes` each runs the batches of `own`: one of every round of as many batches as processes.
     """
 
     def __init__(
@@ -44,12 +46,15 @@ class LayerWalk:
         batch_tokens: int,
         *,
         pack: bool = False,
+        processes: Processes = ALONE,
     ) -> None:
         if pack:
             check_packable(skeleton.spec)
         self.pack = pack
         self.skeleton, self.tokens, self.hidden_states = skeleton, tokens, hidden_states
         self.cuts = (cut_packed if pack else cut)(tokens, batch_tokens)
+        self.processes = processes
+        self.own = range(processes.rank, len(self.cuts), processes.size)
         self.num_layers = len(skeleton.layers)
         self.num_tokens = sum(tokens.lengths())
 
@@ -72,7 +77,7 @@ class LayerWalk:
     def embed(self) -> None:
         """Token ids of every batch -> what enters layer 0."""
         self.skeleton.load_embedding()
-        for number in range(len(self.cuts)):
+        for number in self.own:
             inputs = self._on_device(self.batch(number))
             self.hidden_states.put(0, number, self.skeleton.embed(*inputs))
         self.skeleton.unload_embedding()
@@ -114,14 +119,15 @@ class LayerWalk:
         keep_output: bool,
         last_pass: bool = False,
         left: CarryObserver | None = None,
+        after_round: Callable[[], None] | None = None,
     ) -> None:
         """Every batch through the loaded layer. `current` holds the batch that is running.
 
         `keep_output` stores what enters the next layer; without `last_pass` what entered this
-        one stays for another pass.
+        one stays for another pass. `after_round` is called equally often in all processes.
         """
         skeleton = self.skeleton
-        for number in range(len(self.cuts)):
+        for number in self.own:
             batch = self.batch(number)
             current[:] = [batch]
             call = skeleton.call(layer, *self._on_device(batch))
@@ -135,6 +141,19 @@ class LayerWalk:
                 self.hidden_states.put_back(layer, number, entering)
             if keep_output:
                 self.hidden_states.put(layer + 1, number, leaving)
+            if after_round is not None:
+                after_round()
+        if after_round is not None and len(self.own) * self.processes.size < len(self.cuts):
+            after_round()  # the last round had no batch for this process
+
+    def snapshot(self, layer: int) -> list[str]:
+        """Write what enters `layer` to disk; the digest of each batch's file, in all processes."""
+        return self.processes.gather_dealt(self.hidden_states.snapshot(layer))
+
+    def forget_before(self, layer: int) -> None:
+        """Delete what entered the layers before `layer`; every process is past them."""
+        if self.processes.is_first:
+            self.hidden_states.forget_before(layer)
 
     def _check(self, layer: int, batch: Batch, hidden: torch.Tensor) -> None:
         """Padding rows may hold anything; tokens must be finite."""

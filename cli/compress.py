@@ -29,6 +29,7 @@ from models.errors import InputError
 if TYPE_CHECKING:
     from calibration.tokens import TokenSet
     from models.opening import OpenModel
+    from models.processes import Processes
     from quant.quantize import QuantizeSettings
     from reap.ahead import PruneAhead
     from reap.quotas import GroupMode
@@ -79,7 +80,13 @@ def compress(
     The kept experts and the bytes are those of score, prune and quantize run one after another
     on the same tokens. MTP layers are dropped.
     """
-    with stdout_kept(), shown(quiet) as progress:
+    from models.processes import joined
+
+    with (
+        stdout_kept(),
+        joined(device) as processes,
+        shown(quiet or not processes.is_first) as progress,
+    ):
         from models.checkpoint import load_config
         from models.families import spec_of
         from models.opening import open_model
@@ -96,14 +103,16 @@ def compress(
             )
         resolve_keep(spec_of(load_config(model)), keep=keep, ratio=None, groups=groups)
         chosen = chosen_recipe(scheme, recipe, group_size, asymmetric)
-        used = token_set(
-            model,
-            tokens=tokens,
-            mix=mix,
-            samples=samples,
-            max_length=max_length,
-            seed=seed,
-            progress=progress,
+        used = processes.from_first(
+            lambda: token_set(
+                model,
+                tokens=tokens,
+                mix=mix,
+                samples=samples,
+                max_length=max_length,
+                seed=seed,
+                progress=progress,
+            )
         )
         settings = QuantizeSettings(
             method=method,
@@ -113,7 +122,9 @@ def compress(
             batch_tokens=batch_tokens,
             layout=layout,
         )
-        ahead, pruned = prune_ahead(open_model(model), used, keep, criterion, groups, settings)
+        ahead, pruned = prune_ahead(
+            open_model(model), used, keep, criterion, groups, settings, processes
+        )
         manifest = quantize(
             pruned,
             chosen,
@@ -124,7 +135,11 @@ def compress(
             ahead=ahead,
             force=force,
             progress=progress,
+            processes=processes,
         )
+    if not processes.is_first:
+        return
+    with stdout_kept(), shown(quiet) as progress:
         report = verify_checkpoint(out, progress=progress)
         facts = {"out": str(out), "keep": keep, **summary(manifest), "verified": report.ok}
     click.echo(json.dumps(facts) if as_json else "\n".join(lines(facts)))
@@ -138,6 +153,7 @@ def prune_ahead(
     criterion: str,
     groups: GroupMode,
     settings: QuantizeSettings,
+    processes: Processes,
 ) -> tuple[PruneAhead, OpenModel]:
     """The work that goes before each layer, and the pruned model as it will be."""
     from calibration.batches import BATCH_TOKENS
@@ -168,5 +184,6 @@ def prune_ahead(
         dtype=compute_dtype(opened.spec, settings.dtype),
         memory=settings.memory,
         batch_tokens=settings.batch_tokens or BATCH_TOKENS[device.type],
+        processes=processes,
     )
     return ahead, OpenModel(opened.checkpoint, source.spec, source)

@@ -83,7 +83,13 @@ def quantize(
     Run again with the same arguments after an interruption, it continues and ends with the same
     bytes. Formats FP8_BLOCK, FP8_DYNAMIC and NVFP4A16 by rtn need no tokens.
     """
-    with stdout_kept(), shown(quiet) as progress:
+    from models.processes import joined
+
+    with (
+        stdout_kept(),
+        joined(device) as processes,
+        shown(quiet or not processes.is_first) as progress,
+    ):
         from models.opening import open_model
         from quant.quantize import QuantizeSettings
         from quant.quantize import quantize as quantize_model
@@ -93,20 +99,24 @@ def quantize(
         chosen = chosen_recipe(scheme, recipe, group_size, asymmetric)
         used = None
         if tokens is not None or mix is not None:
-            used = token_set(
-                model,
-                tokens=tokens,
-                mix=mix,
-                samples=samples,
-                max_length=max_length,
-                seed=seed,
-                progress=progress,
+            used = processes.from_first(
+                lambda: token_set(
+                    model,
+                    tokens=tokens,
+                    mix=mix,
+                    samples=samples,
+                    max_length=max_length,
+                    seed=seed,
+                    progress=progress,
+                )
             )
         inputs = {} if used is None else token_facts(used)
         opened = open_model(model)
         if method == "awq" or method == "autoround":
             if layout != "compressed-tensors" or propagate != "compressed":
                 raise InputError(f"--method {method} takes neither --format nor --propagate")
+            if processes.size > 1:
+                raise InputError(f"--method {method} works in one process; start it alone")
             manifest = quantize_whole(
                 opened, chosen, out, method, tokens=used, inputs=inputs, force=force
             )
@@ -129,7 +139,11 @@ def quantize(
                 inputs=inputs,
                 force=force,
                 progress=progress,
+                processes=processes,
             )
+    if not processes.is_first:
+        return
+    with stdout_kept(), shown(quiet) as progress:
         # AWQ moves factors between norms and matrices: no tensor is to be the source's
         source = None if method == "awq" else model
         report = verify_checkpoint(out, source, progress=progress)

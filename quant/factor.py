@@ -28,6 +28,8 @@ from dataclasses import dataclass
 
 import torch
 
+from quant.device import has_kernels
+
 BLOCK = 64
 DAMPING_RETRIES = (1.0, 10.0, 100.0)
 
@@ -51,6 +53,10 @@ def factorise(hessian_BKK: torch.Tensor) -> tuple[Factor, torch.Tensor]:
 
     The factor of a matrix that was not is meaningless.
     """
+    if has_kernels(hessian_BKK):
+        from quant.kernels import elimination
+
+        return elimination.factorise(hessian_BKK)
     batch, columns, _ = hessian_BKK.shape
     device = hessian_BKK.device
     rows_B = torch.arange(batch, device=device).unsqueeze(1)
@@ -121,22 +127,27 @@ def damped_factor(
     """
     columns = hessian_BKK.shape[-1]
     diagonal = hessian_BKK.diagonal(dim1=1, dim2=2)
-    alive = diagonal > 0
+    dead = ~(diagonal > 0)
     mean = diagonal.mean(dim=1)
-    usable = torch.isfinite(hessian_BKK).all(-1).all(-1) & (mean > 0)
+    largest = torch.linalg.vector_norm(hessian_BKK, ord=torch.inf, dim=(1, 2))
+    usable = torch.isfinite(largest) & (mean > 0)
     eye = torch.eye(columns, device=hessian_BKK.device)
-    clean = torch.where(alive.unsqueeze(1) & alive.unsqueeze(2), hessian_BKK, 0.0)
-    clean = torch.where(usable[:, None, None], clean, eye)
-    unit = torch.where(usable, mean, 0.0)[:, None, None] * eye
+    damped = hessian_BKK.clone()
+    if bool(dead.any()):
+        damped.masked_fill_(dead.unsqueeze(1) | dead.unsqueeze(2), 0.0)
+    damped[~usable] = eye
+    own = damped.diagonal(dim1=1, dim2=2)
+    undamped = own.clone()
+    unit = torch.where(usable, mean, 0.0).unsqueeze(1)
     used = torch.full_like(mean, torch.nan)
-    damped = clean + damping * unit
+    own.add_(damping * unit)
     factor, good = factorise(damped)
     used[usable & good] = damping
     for raise_by in DAMPING_RETRIES[1:]:
         if bool(good.all()):
             break
         bad = ~good
-        damped[bad] = clean[bad] + damping * raise_by * unit[bad]
+        own[bad] = undamped[bad] + damping * raise_by * unit[bad]
         again, mended = factorise(damped[bad])
         _replace(factor, bad, again)
         used[bad] = torch.where(mended, damping * raise_by, torch.nan)

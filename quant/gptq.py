@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import torch
 
 from quant.columns import rounded_in_order
+from quant.device import has_kernels
 from quant.factor import damped_factor
 from quant.grid import Grid
 from quant.refine import refine
@@ -92,6 +93,7 @@ def gptq(
     step_BGN = step_BNG.mT.contiguous()
     zero_BGN = None if zero_BNG is None else zero_BNG.mT.contiguous()
     values_BKN, _ = rounded_in_order(weight_BKN, step_BGN, zero_BGN, factor, grid)
+    del factor  # as large as the Hessian
     if settings.sweeps and scheme.kind in ("int", "nvfp4"):
         refine(weight_BKN, values_BKN, step_BGN, zero_BGN, damped, grid, settings.sweeps)
     step_BNG = step_BGN.mT
@@ -105,7 +107,11 @@ def gptq(
 
 
 def energy(rows_BNK: torch.Tensor, hessian_BKK: torch.Tensor) -> torch.Tensor:
-    """r H rᵀ of every row, [B, N]."""
+    """r H rᵀ of every row, [B, N], H symmetric. On a GPU in TF32, each pair of channels once."""
+    if has_kernels(rows_BNK):
+        from quant.kernels.products import energy as by_halves
+
+        return by_halves(rows_BNK, hessian_BKK)
     return ((rows_BNK @ hessian_BKK) * rows_BNK).sum(-1)
 
 

@@ -1,0 +1,18 @@
+"""Whether the kernels of quant/kernels serve a tensor: on a GPU where Triton is installed."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+
+def has_kernels(x: torch.Tensor) -> bool:
+    """True for tensors on CUDA, with Triton installed."""
+    return x.is_cuda and _triton_is_installed()
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return find_spec("triton") is not None

@@ -1,0 +1,218 @@
+"""The factor of one block of a Hessian, and the Hessian brought into an order.
+
+A block is factorised from its last column to its first, sixteen columns at a time. A thread owns
+four rows; what the columns to the right leave of its sixteen entries is
+
+    v_ik = A_ik − sum_{j>k} v_ij U_kj,      U_ik = v_ik / D_k,     D_k = v_kk,
+
+so rows depend on each other only through the rows of the sixteen columns themselves, which every
+thread factorises for itself instead of waiting for another. Rows of the identity appended to the
+block's own turn into (D⁻¹ U⁻¹)ᵀ, by which the rows above the block are solved in one product.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from quant.factor import Factor
+from quant.kernels.products import exact_products
+
+BLOCK = 128
+SUB = 16
+FEW_ROWS = 2048  # up to here smaller tiles keep the GPU busy
+WIDE = 1024  # entries of a program that brings rows into order
+
+
+@triton.jit
+def eliminate(
+    matrix, pivots, inverse, work, matrix_b, matrix_row, pivots_b,
+    COUNT: tl.constexpr, SIDE: tl.constexpr, SUB: tl.constexpr,
+):  # fmt: skip
+    """Symmetric [COUNT, COUNT] blocks, of which the part on and above the diagonal is read, become
+    unit upper triangular U, D goes to `pivots` and (D⁻¹ U⁻¹)ᵀ to `inverse` [B, SIDE, SIDE].
+    `work` [B, 3 SIDE² + SUB²]: v by columns, then U by rows, then the sixteen columns' own."""
+    index = tl.program_id(0).to(tl.int64)
+    matrix += index * matrix_b
+    pivots += index * pivots_b
+    inverse += index * SIDE * SIDE
+    work += index * (3 * SIDE * SIDE + SUB * SUB)
+    upper = work + 2 * SIDE * SIDE
+    corner = upper + SIDE * SIDE
+    r = tl.arange(0, 2 * SIDE)
+    for back in range(0, SIDE, SUB):
+        first = SIDE - SUB - back
+        value = ()
+        for k in tl.static_range(SUB):
+            column = first + k
+            own = (r <= column) & (column < COUNT)
+            entry = tl.load(matrix + r * matrix_row + column, mask=own, other=0.0)
+            value = value + (tl.where(r - SIDE == column, 1.0, entry),)  # noqa: RUF005
+        tl.debug_barrier()
+        for block in range(SIDE - back, SIDE, SUB):
+            past = ()
+            for j in tl.static_range(SUB):
+                past = past + (tl.load(work + (block + j) * 2 * SIDE + r),)  # noqa: RUF005
+            for j in tl.static_range(SUB):
+                less = ()
+                for k in tl.static_range(SUB):
+                    at = upper + (first + k) * SIDE + block + j
+                    less = less + (value[k] - past[j] * tl.load(at),)  # noqa: RUF005
+                value = less
+        inner = (r >= first) & (r < first + SUB)
+        for k in tl.static_range(SUB):
+            tl.store(corner + (r - first) * SUB + k, value[k], mask=inner)
+        tl.debug_barrier()
+        # the sixteen columns' own factor, columns from the last; [column, row] of each
+        reduced = ()
+        scaled = ()
+        inverses = ()
+        for t in tl.static_range(SUB):
+            column_v = ()
+            for m in tl.static_range(SUB):
+                if m <= SUB - 1 - t:
+                    left = tl.load(corner + m * SUB + SUB - 1 - t)
+                    if COUNT < SIDE and m == SUB - 1 - t:
+                        left = tl.where(first + m < COUNT, left, 1.0)
+                    for s in tl.static_range(t):
+                        left -= reduced[s * SUB + m] * scaled[s * SUB + SUB - 1 - t]
+                    column_v = column_v + (left,)  # noqa: RUF005
+                else:
+                    column_v = column_v + (0.0,)  # noqa: RUF005
+            pivot = column_v[SUB - 1 - t]
+            tl.store(pivots + first + SUB - 1 - t, pivot, mask=first + SUB - 1 - t < COUNT)
+            inverses = inverses + (1.0 / pivot,)  # noqa: RUF005
+            for m in tl.static_range(SUB):
+                scaled = scaled + (column_v[m] * inverses[t],)  # noqa: RUF005
+            reduced = reduced + column_v
+        # every row under it
+        done = ()
+        for t in tl.static_range(SUB):
+            column = first + SUB - 1 - t
+            left = value[SUB - 1 - t]
+            for s in tl.static_range(t):
+                left -= done[s] * scaled[s * SUB + SUB - 1 - t]
+            done = done + (left,)  # noqa: RUF005
+            u = left * inverses[t]
+            tl.store(work + column * 2 * SIDE + r, left)
+            inside_u = tl.where(r < column, u, tl.where(r == column, 1.0, 0.0))
+            tl.store(upper + r * SIDE + column, inside_u, mask=r < SIDE)
+            tl.store(inverse + (r - SIDE) * SIDE + column, u, mask=r >= SIDE)
+        tl.debug_barrier()
+    i = tl.arange(0, SIDE)[:, None]
+    j = tl.arange(0, SIDE)[None, :]
+    found = tl.load(upper + i * SIDE + j)
+    tl.store(matrix + i * matrix_row + j, found, mask=(i < COUNT) & (j < COUNT))
+
+
+@triton.jit
+def reduce_panel(
+    upper, pivots, columns, stop, first,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Rows before `stop` of columns first .. first + BN, less what the columns from `stop` on
+    explain: A −= U D Uᵀ. Three TF32 products each, which is float32's accuracy."""
+    i = tl.program_id(0) * BM + tl.arange(0, BM)
+    j = first + tl.program_id(1) * BN + tl.arange(0, BN)
+    index = tl.program_id(2).to(tl.int64)
+    upper += index * columns * columns
+    pivots += index * columns
+    inside = (i < stop)[:, None] & (j < stop)[None, :]
+    total = tl.zeros([BM, BN], tl.float32)
+    for start in range(stop, columns, BK):
+        k = start + tl.arange(0, BK)
+        known = k < columns
+        a = tl.load(
+            upper + i[:, None] * columns + k[None, :],
+            mask=(i < stop)[:, None] & known[None, :],
+            other=0.0,
+        )
+        b = tl.load(
+            upper + j[:, None] * columns + k[None, :],
+            mask=(j < stop)[:, None] & known[None, :],
+            other=0.0,
+        )
+        d = tl.load(pivots + k, mask=known, other=0.0)
+        total = tl.dot(a * d[None, :], b.T, total, input_precision="tf32x3")
+    at = upper + i[:, None] * columns + j[None, :]
+    tl.store(at, tl.load(at, mask=inside, other=0.0) - total, mask=inside)
+
+
+@triton.jit
+def in_order(matrix, order, out, columns, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """out[i, j] = matrix[order[i], order[j]] above the diagonal and in its blocks, else 0."""
+    i = tl.program_id(0)
+    j = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    index = tl.program_id(2).to(tl.int64)
+    matrix += index * columns * columns
+    out += index * columns * columns + i * columns
+    order += index * columns
+    row = tl.load(order + i) * columns
+    inside = j < columns
+    channel = tl.load(order + j, mask=inside, other=0)
+    kept = inside & (j >= i // BLOCK * BLOCK)
+    tl.store(out + j, tl.load(matrix + row + channel, mask=kept, other=0.0), mask=inside)
+
+
+def factorise(hessian_BKK: torch.Tensor) -> tuple[Factor, torch.Tensor]:
+    """quant/factor.py's, columns in descending order of the diagonal."""
+    batch, columns, _ = hessian_BKK.shape
+    order, upper = _ordered(hessian_BKK)
+    pivots = hessian_BKK.new_empty(batch, columns)
+    with exact_products():
+        for start in reversed(range(0, columns, BLOCK)):
+            stop = min(start + BLOCK, columns)
+            panel = upper[:, :stop, start:stop]
+            if stop < columns:
+                wide = BLOCK if stop > FEW_ROWS else BLOCK // 2
+                reduce_panel[triton.cdiv(stop, wide), triton.cdiv(stop - start, wide), batch](
+                    upper, pivots, columns, stop, start,
+                    BM=wide, BN=wide, BK=32, num_warps=8 if wide == BLOCK else 4, num_stages=3,
+                )  # fmt: skip
+            solver = _eliminated(panel[:, start:], pivots[:, start:stop])
+            if start:
+                above = panel[:, :start]
+                above.copy_(above @ solver)
+    # what is not finite in a factor reaches one of its pivots
+    good = (torch.isfinite(pivots) & (pivots > 0)).all(1)
+    return Factor(order, upper, pivots), good
+
+
+def factor_with_inverse(blocks_BKK: torch.Tensor) -> tuple[Factor, torch.Tensor]:
+    """Factors of matrices of at most `BLOCK` columns, and the inverses of the matrices."""
+    batch, count, _ = blocks_BKK.shape
+    order, upper = _ordered(blocks_BKK)
+    pivots = upper.new_empty(batch, count)
+    solver = _eliminated(upper, pivots)
+    with exact_products():
+        inverse = (solver * pivots.unsqueeze(1)) @ solver.mT
+    rank = order.argsort(dim=1)
+    inverse = inverse.gather(1, rank.unsqueeze(2).expand_as(inverse))
+    inverse = inverse.gather(2, rank.unsqueeze(1).expand_as(inverse))
+    return Factor(order, upper, pivots), inverse
+
+
+def _ordered(hessian_BKK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The order, and what of the matrices in it a factorisation reads."""
+    batch, columns, _ = hessian_BKK.shape
+    diagonal = hessian_BKK.diagonal(dim1=1, dim2=2)
+    order = diagonal.argsort(dim=1, descending=True, stable=True)
+    upper = torch.empty_like(hessian_BKK, memory_format=torch.contiguous_format)
+    in_order[columns, triton.cdiv(columns, WIDE), batch](
+        hessian_BKK.contiguous(), order, upper, columns, BLOCK=BLOCK, WIDE=WIDE, num_warps=4
+    )
+    return order, upper
+
+
+def _eliminated(block: torch.Tensor, pivots: torch.Tensor) -> torch.Tensor:
+    """Turns [B, K, K] into U in place and fills D; (D⁻¹ U⁻¹)ᵀ [B, K, K]."""
+    batch, count = pivots.shape
+    side = max(SUB, triton.next_power_of_2(count))
+    inverse = block.new_empty(batch, side, side)
+    work = block.new_empty(batch, 3 * side * side + SUB * SUB)
+    eliminate[batch,](
+        block, pivots, inverse, work, block.stride(0), block.stride(1), pivots.stride(0),
+        COUNT=count, SIDE=side, SUB=SUB, num_warps=2 if side == BLOCK else 1,
+    )  # fmt: skip
+    return inverse[:, :count, :count]
