@@ -1,13 +1,14 @@
 """Time, memory and output error of GPTQ on a GPU, by stage, and llm-compressor's beside it.
 
     python -m benchmarks.gptq_gpu [--experts B] [--scheme W3A16] [--hidden D] [--width F]
-                                  [--sweeps S ...] [--peer] [--peer-experts B]
+                                  [--sweeps S ...] [--orders] [--peer] [--peer-experts B]
 
 Experts of DeepSeek-V3.2's size unless told otherwise: gate and up stacked, [2F, D] over one
 Hessian, and down, [D, F]. Weights are Gaussian, inputs mixed from D / 4 sources with noise, uneven
 channel sizes and a few outlier channels; each expert has its own 16,384 tokens. Printed:
 milliseconds per expert of each stage and of the whole call (median of --repeat, after one to warm
 up), memory beyond weights and Hessians, and  sum tr((W−Q) H (W−Q)ᵀ) / sum tr(W H Wᵀ)  in float64.
+With --orders two experts are also rounded in the order of smallest pivots, as on a CPU.
 With --peer llm-compressor's `quantize_weight` (static order, damping .01) rounds gate, up and down
 of the same experts under the same Hessians, with min-max and with its MSE-searched scales.
 """
@@ -25,7 +26,7 @@ from functools import partial
 import torch
 
 from quant.columns import rounded_in_order
-from quant.factor import damped_factor
+from quant.factor import damped_factor, factorise, factorise_by_pivots
 from quant.gptq import GptqSettings, Solved, gptq
 from quant.refine import refine
 from quant.rounding import make_grid, round_to_nearest, searched_steps
@@ -59,7 +60,9 @@ class Case:
             inputs = normal(TOKENS, sources) @ (normal(sources, columns) * strength)
             inputs = inputs / math.sqrt(sources) + 0.2 * normal(TOKENS, columns)
             inputs *= torch.exp(0.5 * normal(columns))
-            inputs[:, torch.randperm(columns, device=DEVICE)[: columns // 80 + 1]] *= 10
+            inputs[
+                :, torch.randperm(columns, generator=generator, device=DEVICE)[: columns // 80 + 1]
+            ] *= 10
             inputs = inputs.bfloat16().float()
             torch.mm(inputs.T, inputs / TOKENS, out=hessian[expert])
         return cls(name, weight, hessian)
@@ -138,6 +141,33 @@ def reported(solved: Solved) -> float:
     return float(solved.error_BN.double().sum() / solved.energy_BN.double().sum())
 
 
+def orders(case: Case, scheme: Scheme, experts: int) -> None:
+    """The error of the first experts under both orders of columns, before and after two sweeps."""
+    part = Case(case.name, case.weight[:experts], case.hessian[:experts])
+    grid = make_grid(part.weight, scheme, None, torch.bfloat16)
+    weight = part.weight.mT.contiguous()
+    damped, _, _ = damped_factor(part.hessian, 0.01)
+    for name, factorised in (
+        ("descending diagonal", factorise),
+        ("smallest pivots", factorise_by_pivots),
+    ):
+        factor, _ = factorised(damped)
+        found, zeros = searched_steps(part.weight, grid, factor.importance_BK)
+        step = found.mT.contiguous()
+        zero = None if zeros is None else zeros.mT.contiguous()
+        values, _ = rounded_in_order(weight, step, zero, factor, grid)
+        errors = []
+        for sweeps in (0, 2):
+            refine(weight, values, step, zero, damped, grid, sweeps)
+            spread = step.repeat_interleave(weight.shape[1] // step.shape[1], dim=1)
+            errors.append(part.error((values * spread).mT))
+        print(
+            f"  {case.name:8s} {experts} experts, {name}: error {errors[0]:.6f}, "
+            f"after two sweeps {errors[1]:.6f}",
+            flush=True,
+        )
+
+
 def peer(case: Case, scheme: Scheme, split: int, experts: int, repeat: int) -> None:
     """llm-compressor on the first experts: `split` matrices of them, one after the other."""
     from benchmarks.gptq_peer import OBSERVERS, llmcompressor_rounding, llmcompressor_scales
@@ -169,6 +199,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--sweeps", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--orders", action="store_true")
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--peer-experts", type=int, default=8)
     args = parser.parse_args()
@@ -188,6 +219,8 @@ def main() -> None:
         print("  ms per expert: " + ", ".join(f"{k} {v:.2f}" for k, v in parts.items()), flush=True)
         for sweeps in args.sweeps:
             total[sweeps] += ours(case, scheme, sweeps, args.repeat)
+        if args.orders:
+            orders(case, scheme, min(args.experts, 2))
         if args.peer:
             peer(case, scheme, split, min(args.experts, args.peer_experts), args.repeat)
         del case

@@ -99,6 +99,8 @@ def run(arguments: Sequence[str]) -> int:
     except VerificationError as failed:
         return say(f"error: {one_line(failed)}", 3)
     except AnotherProcessFailed as lost:
+        if os.environ.get("THRESHER_DEBUG"):
+            traceback.print_exception(lost)
         return say(f"error: {one_line(lost)}", 1) if str(lost) else 1
     except (KeyboardInterrupt, click.Abort):
         again = shlex.join(["thresher", *arguments])

@@ -219,9 +219,9 @@ def compare(
     for number in walk.own:
         tally.begin_batch()
         batch = walk.batch(number)
-        carries = [one.hidden_states.take(one.num_layers, number) for one in walks]
-        if reference is not None:  # another model may be compared with it
-            reference.hidden_states.put_back(reference.num_layers, number, carries[1])
+        carries = [  # another model may be compared with the reference
+            one.hidden_states.take(one.num_layers, number, keep=one is reference) for one in walks
+        ]
         width = batch.input_ids.shape[1]
         sample_B = torch.tensor(batch.samples)
         begin = None if first is None else [first[sample] for sample in batch.samples]

@@ -14,7 +14,7 @@ import torch
 from models.architecture import ExpertTensor, ModelSpec
 from models.errors import InputError
 from models.experts import ExpertWeights
-from models.fp8_upload import Fp8Matrix, Fp8Upload, fp8_parts
+from models.fp8_upload import Fp8Matrix, Fp8Upload, fp8_matrix
 from models.source_formats import Source
 
 
@@ -90,13 +90,9 @@ class ExpertReader:
         """One expert's weight as it lies on disk, where that is FP8 blocks that go to `out` as
         they are; None for anything else, which `read` decodes or refuses."""
         tensor, on_disk = self._on_disk(role, expert)
-        if tensor.stacked or tensor.transposed or self.source.format(on_disk) != "fp8_block":
+        if tensor.stacked or tensor.transposed:
             return None
-        block = self.source.scale_block(on_disk)
-        parts = fp8_parts(self.source.parts(on_disk), block)
-        if parts is None or parts[0].shape != out.shape:
-            return None
-        return Fp8Matrix(on_disk, *parts, block, out)
+        return fp8_matrix(self.source, on_disk, out)
 
     def read_biases(self, role: str, dtype: torch.dtype) -> torch.Tensor | None:
         """Stacked biases [E, width] of a role; None where the family has none."""

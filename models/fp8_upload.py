@@ -22,6 +22,7 @@ import torch
 
 from models.checkpoint import Checkpoint, TensorInfo
 from models.errors import InputError
+from models.source_formats import Source
 
 LOAD_BYTES = 256 << 20
 SLOTS = 3
@@ -150,3 +151,15 @@ def fp8_parts(
     if scales.shape != wanted or not prod(codes.shape):
         return None
     return codes, scales
+
+
+def fp8_matrix(source: Source, logical: str, out: torch.Tensor) -> Fp8Matrix | None:
+    """A logical tensor as it lies on disk, where that is FP8 blocks that go to `out` as they are;
+    None for anything else."""
+    if source.format(logical) != "fp8_block":
+        return None
+    block = source.scale_block(logical)
+    parts = fp8_parts(source.parts(logical), block)
+    if parts is None or parts[0].shape != out.shape:
+        return None
+    return Fp8Matrix(logical, *parts, block, out)

@@ -8,9 +8,10 @@ from importlib.util import find_spec
 import torch
 
 
-def has_kernels(x: torch.Tensor) -> bool:
-    """True for tensors on CUDA, with Triton installed."""
-    return x.is_cuda and _triton_is_installed()
+def has_kernels(where: torch.Tensor | torch.device) -> bool:
+    """True for CUDA, or a tensor there, with Triton installed."""
+    device = where if isinstance(where, torch.device) else where.device
+    return device.type == "cuda" and _triton_is_installed()
 
 
 @cache

@@ -8,8 +8,8 @@
                kept for that: at most KEPT_BYTES. (All batches where they fit. A share of 600,000
                tokens of a DeepSeek-V3.2 block is ten times what a matrix of 2,048 columns needs.)
 
-What is kept depends on sizes alone, not on the memory of the day, so that a job that was killed
-goes on to the same bytes. Experts with few tokens are drawn toward the pooled Hessian as in
+Which batches are kept depends on sizes alone, not on the memory of the day, so that a job that was
+killed goes on as it began. Experts with few tokens are drawn toward the pooled Hessian as in
 quant/gptq.py, here in place on the sums: (S + m P) / (n + m).
 
 Legend: E experts, B experts of a set, P pairs sorted by expert, D hidden, F intermediate.

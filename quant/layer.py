@@ -20,7 +20,9 @@ from functools import partial
 import torch
 
 from models.experts import RoutedExperts
+from models.fp8_upload import Fp8Matrix, Fp8Upload, fp8_matrix
 from models.source_formats import Source
+from quant.device import has_kernels
 from quant.fused import fused_sets
 from quant.gptq import GptqSettings, gptq
 from quant.inputs import ExpertInputs, Fed, LinearInputs
@@ -32,8 +34,9 @@ from quant.schemes import Quantized, Scheme, dequantize
 HESSIAN_BYTES_AT_ONCE = 1 << 30
 MOST_AT_ONCE = 32  # experts
 READERS = 4  # threads that read weights for a GPU
-# What the solver holds for an expert beside its Hessian, in Hessians, and of a GPU's memory
-SOLVER_HESSIANS, SOLVER_SHARE = 7, 6
+# Of a GPU's memory the solver gets one part in SOLVER_SHARE. For an expert it wants four times its
+# Hessian (767 MiB for 4096 x 7168), and a fifth is for weights and what is rounded.
+SOLVER_HESSIANS, SOLVER_SHARE = 5, 6
 
 
 @dataclass(slots=True)
@@ -95,6 +98,7 @@ class LayerRounder:
     ) -> None:
         self.source, self.schemes, self.damping = source, schemes, damping
         self.scale_dtype, self.device = scale_dtype, device
+        self.upload = Fp8Upload(device) if has_kernels(device) else None
 
     def weight(self, linear: Linear) -> torch.Tensor:
         """A matrix in float32, [out, in]."""
@@ -327,8 +331,26 @@ class LayerRounder:
             assert weights is not None
             joined = weights.down_for_mm if down else weights.up_for_mm
             return joined[list(experts)].mT.float().contiguous()
-        read = self._read([linear for stack in stacks for linear in stack])
-        return torch.stack([torch.cat([next(read) for _ in stack]) for stack in stacks])
+        rows, columns = sum(linear.shape[0] for linear in stacks[0]), stacks[0][0].shape[1]
+        weight_BNK = torch.empty((len(stacks), rows, columns), device=self.device)
+        uploaded: list[Fp8Matrix] = []
+        read: list[tuple[Linear, torch.Tensor]] = []
+        for stack, weight in zip(stacks, weight_BNK, strict=True):
+            outs = weight.split([linear.shape[0] for linear in stack])
+            for linear, out in zip(stack, outs, strict=True):
+                matrix = None
+                if self.upload is not None and not linear.stacked:
+                    matrix = fp8_matrix(self.source, linear.logical, out)
+                if matrix is None:
+                    read.append((linear, out))
+                else:
+                    uploaded.append(matrix)
+        if self.upload is not None:
+            self.upload.run(self.source.checkpoint, uploaded)
+        values = self._read([linear for linear, _ in read])
+        for (_, out), value in zip(read, values, strict=True):
+            out.copy_(value)
+        return weight_BNK
 
     def _read(self, linears: Sequence[Linear]) -> Iterator[torch.Tensor]:
         """Matrices in float32; for a GPU several are on their way at once."""

@@ -16,8 +16,6 @@ from quant.linears import Linear
 from quant.shared_experts import SharedExpertInputs, SharedExpertSums, SharedRoutedInputs
 from quant.sharing import InputExchange, expert_owners, linear_owners, round_layer
 
-SUMMED_ON = ("cuda",)  # where experts' Hessians are summed while a layer runs
-
 Sets = Sequence[Mapping[int, ExpertLinears]]
 SUMMED_ON = ("cuda",)  # where experts' Hessians are summed while a layer runs
 
@@ -75,7 +73,7 @@ def walk_layer(
             module.get_parameter("weight").data = value
         if loaded is not None:
             loaded.observe = None
-        walk.pass_through(layer, current, keep_output=True)
+        walk.pass_through(layer, current, keep_output=True, last_pass=True)
     skeleton.unload_layer(layer)
     walk.hidden_states.forget_from_ram(layer)
     return result

@@ -1,16 +1,16 @@
-"""A block of columns rounded in order, one thread for each row of the weight.
+"""A block of columns rounded in order, one thread for each few rows of the weight.
 
 Rows do not see each other and columns are rows in memory, so a thread keeps sixteen targets and
 sixteen errors of its rows in registers and walks down the block; the factor's entries are the same
-for all threads. Errors of the columns before the sixteen come back from memory, where the product
-over all earlier blocks will want them too.
+for all threads. What the block's earlier columns bring to the sixteen is a product of tensor cores
+(TF32), left in the sixteen's own place among the errors until those are known.
 
     target_j = base_j + extra_j + sum_{i<j in block} error_i U_ij
     error_j  = base_j − step value_j,        cost += D_j (target_j − step value_j)²
 
 `base` is the weight and `extra` what blocks before this one bring. The candidates of a refinement
 are the same with several steps for one base; moving single codes is the same with
-U_ij = H_ij / H_jj (quant/kernels/refine.py).
+U_ij = H_ij / H_jj (quant/kernels/refinement.py).
 """
 
 # Triton takes tuples that grow while a loop is unrolled
@@ -30,6 +30,7 @@ from quant.kernels.products import tf32_products
 FAR = 512  # columns that the errors before them reach by one product
 BLOCK = 128
 SUB = 16
+PRECISION = "tf32"
 ROWS = 128  # of a program; four for each thread of its one warp
 
 
@@ -49,10 +50,11 @@ def round_block(
     base_b, extra_b, step_b, zero_b, order_b, upper_b, pivots_b, values_b, values_c, errors_b,
     errors_c, upper_row,
     COUNT: tl.constexpr, EXTRA: tl.constexpr, COST: tl.constexpr, KIND: tl.constexpr,
-    SUB: tl.constexpr, BR: tl.constexpr,
+    SAME: tl.constexpr, PRECISION: tl.constexpr, SUB: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """`COUNT` columns of `rows` rows. Column j of the block is row order[j] of base and values,
-    row j of extra and errors; its step is row order[j] // size + candidate. x_b and x_c are the
+    row j of extra and errors; its step is row order[j] // size + candidate (SAME: row 0 + candidate
+    for all). x_b and x_c are the
     strides of a weight of the batch and of a candidate; errors and costs exist per candidate."""
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     inside = row < rows
@@ -68,7 +70,24 @@ def round_block(
     values += index * values_b + candidate * values_c
     errors += index * errors_b + candidate * errors_c
     total = tl.zeros([BR], tl.float32)
+    ahead = tl.arange(0, SUB)
+    if SAME:
+        wide = tl.load(step + row, mask=inside, other=1.0)
+        reciprocal = 1.0 / wide
     for first in range(0, COUNT, SUB):
+        if first > 0:
+            brought = tl.zeros([SUB, BR], tl.float32)
+            j = _within(first + ahead, COUNT, SUB)
+            for block in range(0, first, SUB):
+                i = block + ahead
+                factors = tl.load(upper + i[None, :] * upper_row + j[:, None])
+                past = tl.load(
+                    errors + i[:, None] * rows + row[None, :], mask=inside[None, :], other=0.0
+                )
+                brought = tl.dot(factors, past, brought, input_precision=PRECISION)
+            own = (first + ahead < COUNT)[:, None] & inside[None, :]
+            tl.store(errors + (first + ahead)[:, None] * rows + row[None, :], brought, mask=own)
+            tl.debug_barrier()
         target = ()
         for j in tl.static_range(SUB):
             column = _within(first + j, COUNT, SUB)
@@ -76,20 +95,9 @@ def round_block(
             here = tl.load(base + channel * rows + row, mask=inside, other=0.0)
             if EXTRA:
                 here += tl.load(extra + column * rows + row, mask=inside, other=0.0)
+            if first > 0:
+                here += tl.load(errors + column * rows + row, mask=inside, other=0.0)
             target = target + (here,)  # noqa: RUF005
-        tl.debug_barrier()
-        for block in range(0, first, SUB):
-            past = ()
-            for i in tl.static_range(SUB):
-                error = tl.load(errors + (block + i) * rows + row, mask=inside, other=0.0)
-                past = past + (error,)  # noqa: RUF005
-            for i in tl.static_range(SUB):
-                factors = upper + (block + i) * upper_row
-                further = ()
-                for j in tl.static_range(SUB):
-                    more = target[j] + past[i] * tl.load(factors + _within(first + j, COUNT, SUB))
-                    further = further + (more,)  # noqa: RUF005
-                target = further
         done = ()
         for j in tl.static_range(SUB):
             column = _within(first + j, COUNT, SUB)
@@ -99,12 +107,14 @@ def round_block(
                 above = _within(first + i, COUNT, SUB)
                 wanted += done[i] * tl.load(upper + above * upper_row + column)
             at = (channel // size) * rows + row
-            wide = tl.load(step + at, mask=inside, other=1.0)
+            if not SAME:
+                wide = tl.load(step + at, mask=inside, other=1.0)
+                reciprocal = 1.0 / wide
             if KIND == 1:
                 least = -tl.load(zero + at, mask=inside, other=0.0)
-                value = nearest(wanted / wide, least, least + high, KIND)
+                value = nearest(wanted * reciprocal, least, least + high, KIND)
             else:
-                value = nearest(wanted / wide, low, high, KIND)
+                value = nearest(wanted * reciprocal, low, high, KIND)
             rounded = value * wide
             kept = inside & (first + j < COUNT)
             error = tl.load(base + channel * rows + row, mask=inside, other=0.0) - rounded
@@ -114,6 +124,7 @@ def round_block(
             tl.store(values + channel * rows + row, value.to(values.dtype.element_ty), mask=kept)
             tl.store(errors + column * rows + row, error, mask=kept)
             done = done + (error,)  # noqa: RUF005
+        tl.debug_barrier()
     if COST:
         at = cost + (index * tl.num_programs(1) + candidate) * rows + row
         tl.store(at, total + tl.load(at, mask=inside, other=0.0), mask=inside)
@@ -171,14 +182,15 @@ def launch(
     upper: torch.Tensor,
     grid: Grid,
     *,
-    size: int,
+    size: int | None,
     values: torch.Tensor,
     errors: torch.Tensor,
     pivots: torch.Tensor | None = None,
     cost: torch.Tensor | None = None,
 ) -> None:
     """One block. `values` and `errors` [B, candidates, columns, N] are written, `cost` [B,
-    candidates, N] is added to; rows of everything are contiguous, N apart."""
+    candidates, N] is added to; rows of everything are contiguous, N apart. `size` is that of the
+    groups which have the steps, None where all columns are of one."""
     batch, rows, count = base.shape[0], base.shape[-1], order.shape[-1]
     levels = grid.levels
     low, high = (-(levels // 2), levels // 2 - 1) if zero is None else (0, levels - 1)
@@ -187,11 +199,11 @@ def launch(
         base, base if extra is None else extra, step, step if zero is None else zero,
         order, upper, upper if pivots is None else pivots, values, errors,
         values if cost is None else cost,
-        rows, size, float(low), float(high),
+        rows, size or count, float(low), float(high),
         base.stride(0), 0 if extra is None else extra.stride(0), step.stride(0),
         0 if zero is None else zero.stride(0), order.stride(0), upper.stride(0),
         0 if pivots is None else pivots.stride(0),
         values.stride(0), values.stride(1), errors.stride(0), errors.stride(1), upper.stride(1),
         COUNT=count, EXTRA=extra is not None, COST=cost is not None, KIND=kind_of(grid),
-        SUB=SUB, BR=ROWS, num_warps=1,
+        SAME=size is None, PRECISION=PRECISION, SUB=SUB, BR=ROWS, num_warps=1,
     )  # fmt: skip

@@ -10,6 +10,9 @@ thread factorises for itself instead of waiting for another. Rows of the identit
 block's own turn into (D⁻¹ U⁻¹)ᵀ, by which the rows above the block are solved in one product.
 """
 
+# Triton takes tuples that grow while a loop is unrolled
+# mypy: disable-error-code="assignment,var-annotated"
+
 from __future__ import annotations
 
 import torch
@@ -21,8 +24,8 @@ from quant.kernels.products import exact_products
 
 BLOCK = 128
 SUB = 16
-FEW_ROWS = 2048  # up to here smaller tiles keep the GPU busy
-WIDE = 1024  # entries of a program that brings rows into order
+FEW_ROWS = 512  # up to here smaller tiles keep the GPU busy
+WIDE = 8192  # entries of a program that brings rows into order
 
 
 @triton.jit
@@ -140,6 +143,29 @@ def reduce_panel(
 
 
 @triton.jit
+def solve_panel(
+    panel, solver, rows, panel_b, panel_row, COUNT: tl.constexpr, SIDE: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """panel [rows, COUNT] times solver [SIDE, SIDE], in place and in float32's accuracy."""
+    i = tl.program_id(0) * BM + tl.arange(0, BM)
+    index = tl.program_id(1).to(tl.int64)
+    j = tl.arange(0, SIDE)
+    panel += index * panel_b
+    solver += index * SIDE * SIDE
+    found = tl.zeros([BM, SIDE], tl.float32)
+    for start in range(0, SIDE, BK):
+        k = start + tl.arange(0, BK)
+        mask = (i < rows)[:, None] & (k < COUNT)[None, :]
+        a = tl.load(panel + i[:, None] * panel_row + k[None, :], mask=mask, other=0.0)
+        b = tl.load(solver + k[:, None] * SIDE + j[None, :])
+        found = tl.dot(a, b, found, input_precision="tf32x3")
+    tl.debug_barrier()
+    mask = (i < rows)[:, None] & (j < COUNT)[None, :]
+    tl.store(panel + i[:, None] * panel_row + j[None, :], found, mask=mask)
+
+
+@triton.jit
 def in_order(matrix, order, out, columns, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """out[i, j] = matrix[order[i], order[j]] above the diagonal and in its blocks, else 0."""
     i = tl.program_id(0)
@@ -160,20 +186,21 @@ def factorise(hessian_BKK: torch.Tensor) -> tuple[Factor, torch.Tensor]:
     batch, columns, _ = hessian_BKK.shape
     order, upper = _ordered(hessian_BKK)
     pivots = hessian_BKK.new_empty(batch, columns)
-    with exact_products():
-        for start in reversed(range(0, columns, BLOCK)):
-            stop = min(start + BLOCK, columns)
-            panel = upper[:, :stop, start:stop]
-            if stop < columns:
-                wide = BLOCK if stop > FEW_ROWS else BLOCK // 2
-                reduce_panel[triton.cdiv(stop, wide), triton.cdiv(stop - start, wide), batch](
-                    upper, pivots, columns, stop, start,
-                    BM=wide, BN=wide, BK=32, num_warps=8 if wide == BLOCK else 4, num_stages=3,
-                )  # fmt: skip
-            solver = _eliminated(panel[:, start:], pivots[:, start:stop])
-            if start:
-                above = panel[:, :start]
-                above.copy_(above @ solver)
+    for start in reversed(range(0, columns, BLOCK)):
+        stop = min(start + BLOCK, columns)
+        panel = upper[:, :stop, start:stop]
+        if stop < columns:
+            wide = BLOCK if stop > FEW_ROWS else BLOCK // 2
+            reduce_panel[triton.cdiv(stop, wide), triton.cdiv(stop - start, wide), batch](
+                upper, pivots, columns, stop, start,
+                BM=wide, BN=wide, BK=32, num_warps=8 if wide == BLOCK else 4, num_stages=3,
+            )  # fmt: skip
+        solver = _eliminated(panel[:, start:], pivots[:, start:stop])
+        if start:
+            solve_panel[triton.cdiv(start, 64), batch](
+                panel, solver, start, panel.stride(0), panel.stride(1),
+                COUNT=stop - start, SIDE=solver.shape[1], BM=64, BK=32, num_warps=4,
+            )  # fmt: skip
     # what is not finite in a factor reaches one of its pivots
     good = (torch.isfinite(pivots) & (pivots > 0)).all(1)
     return Factor(order, upper, pivots), good
@@ -184,7 +211,7 @@ def factor_with_inverse(blocks_BKK: torch.Tensor) -> tuple[Factor, torch.Tensor]
     batch, count, _ = blocks_BKK.shape
     order, upper = _ordered(blocks_BKK)
     pivots = upper.new_empty(batch, count)
-    solver = _eliminated(upper, pivots)
+    solver = _eliminated(upper, pivots)[:, :count, :count]
     with exact_products():
         inverse = (solver * pivots.unsqueeze(1)) @ solver.mT
     rank = order.argsort(dim=1)
@@ -199,14 +226,15 @@ def _ordered(hessian_BKK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     diagonal = hessian_BKK.diagonal(dim1=1, dim2=2)
     order = diagonal.argsort(dim=1, descending=True, stable=True)
     upper = torch.empty_like(hessian_BKK, memory_format=torch.contiguous_format)
-    in_order[columns, triton.cdiv(columns, WIDE), batch](
-        hessian_BKK.contiguous(), order, upper, columns, BLOCK=BLOCK, WIDE=WIDE, num_warps=4
+    wide = min(WIDE, triton.next_power_of_2(columns))
+    in_order[columns, triton.cdiv(columns, wide), batch](
+        hessian_BKK.contiguous(), order, upper, columns, BLOCK=BLOCK, WIDE=wide, num_warps=8
     )
     return order, upper
 
 
 def _eliminated(block: torch.Tensor, pivots: torch.Tensor) -> torch.Tensor:
-    """Turns [B, K, K] into U in place and fills D; (D⁻¹ U⁻¹)ᵀ [B, K, K]."""
+    """Turns [B, K, K] into U in place and fills D; (D⁻¹ U⁻¹)ᵀ [B, SIDE, SIDE]."""
     batch, count = pivots.shape
     side = max(SUB, triton.next_power_of_2(count))
     inverse = block.new_empty(batch, side, side)
@@ -215,4 +243,4 @@ def _eliminated(block: torch.Tensor, pivots: torch.Tensor) -> torch.Tensor:
         block, pivots, inverse, work, block.stride(0), block.stride(1), pivots.stride(0),
         COUNT=count, SIDE=side, SUB=SUB, num_warps=2 if side == BLOCK else 1,
     )  # fmt: skip
-    return inverse[:, :count, :count]
+    return inverse

@@ -1,11 +1,12 @@
-"""What a refinement does between its products, each a pass over [g, N] of one group.
+"""What a refinement does around the rounding of a group, each one pass over [g, N] of it.
 
 With P = H_g· R, X = H_gg⁻¹ P, the codes' values q and step s, a group's best real-valued weights
 are t = s q + X (quant/refine.py), and the present codes cost X·P. Candidates are made from the
 present step, without fitting it first as the CPU does: every group leaves with a fitted one.
 
 All are [B, g, N] with N contiguous; strides of weights of the batch are arguments where a group is
-a slice of something larger.
+a slice of something larger. Products with the group's own matrices are formed where their results
+are used.
 """
 
 from __future__ import annotations
@@ -20,25 +21,18 @@ from quant.grid import Grid
 from quant.kernels import columns
 from quant.kernels.elimination import factor_with_inverse
 from quant.kernels.grid import STORED, kind_of, stored
-from quant.kernels.products import exact_products, tf32_products
+from quant.kernels.products import tf32_products
 
-ROWS, CHUNK = 128, 8
+ROWS, PART = 64, 32  # rows of a program; columns of a step of its product
 FAR = 512  # columns whose pull is found by one product
 
 
 @triton.jit
-def _fitted(step, slope, square, divisor, KIND: tl.constexpr, DTYPE: tl.constexpr):
-    """The stored step nearest to the least-squares one."""
-    some = square > 0
-    change = tl.where(some, slope / tl.where(some, square, 1.0), 0.0)
-    return stored(step + change, divisor, KIND, DTYPE)
-
-
-@triton.jit
 def aim(
-    values, pull, solved, step, divisors, factors, target, tried, cost,
-    rows, values_b, pull_b, step_b, CANDIDATES: tl.constexpr, COUNT: tl.constexpr,
-    KIND: tl.constexpr, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BR: tl.constexpr,
+    values, pull, inverse, step, divisors, factors, target, tried, cost,
+    rows, values_b, pull_b, inverse_b, step_b, CANDIDATES: tl.constexpr, COUNT: tl.constexpr,
+    KIND: tl.constexpr, DTYPE: tl.constexpr,
+    SIDE: tl.constexpr, PART: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """`target` t and `cost` [B, N] of the present codes; `tried` [B, 1 + candidates, N]: the step,
     then times each factor."""
@@ -47,21 +41,23 @@ def aim(
     inside = row < rows
     values += index * values_b
     pull += index * pull_b
-    solved += index * COUNT * rows
+    inverse += index * inverse_b
     target += index * COUNT * rows
+    k = tl.arange(0, SIDE)
+    solved = tl.zeros([SIDE, BR], tl.float32)
+    for start in range(0, COUNT, PART):
+        part = start + tl.arange(0, PART)
+        own = (k < COUNT)[:, None] & (part < COUNT)[None, :]
+        left = tl.load(inverse + k[:, None] * COUNT + part[None, :], mask=own, other=0.0)
+        right = _tile(pull, part, row, rows, COUNT)
+        solved = tl.dot(left, right, solved, input_precision="tf32x3")
     now = tl.load(step + index * step_b + row, mask=inside, other=1.0)
-    left = tl.zeros([BR], tl.float32)
-    for start in range(0, COUNT, CHUNK):
-        k = start + tl.arange(0, CHUNK)
-        at = k[:, None] * rows + row[None, :]
-        mask = (k < COUNT)[:, None] & inside[None, :]
-        q = tl.load(values + at, mask=mask, other=0.0)
-        p = tl.load(pull + at, mask=mask, other=0.0)
-        x = tl.load(solved + at, mask=mask, other=0.0)
-        left += tl.sum(x * p, axis=0)
-        tl.store(target + at, q * now[None, :] + x, mask=mask)
+    t = _tile(values, k, row, rows, COUNT) * now[None, :] + solved
+    at = k[:, None] * rows + row[None, :]
+    tl.store(target + at, t, mask=(k < COUNT)[:, None] & inside[None, :])
+    present = tl.sum(solved * _tile(pull, k, row, rows, COUNT), axis=0)
+    tl.store(cost + index * rows + row, present, mask=inside)
     divisor = tl.load(divisors + index) if KIND == 2 else 1.0
-    tl.store(cost + index * rows + row, left, mask=inside)
     tried += index * (1 + CANDIDATES) * rows + row
     tl.store(tried, now, mask=inside)
     for number in range(0, CANDIDATES):
@@ -70,20 +66,28 @@ def aim(
 
 
 @triton.jit
+def _tile(matrix, k, row, rows, COUNT: tl.constexpr):
+    mask = (k < COUNT)[:, None] & (row < rows)[None, :]
+    return tl.load(matrix + k[:, None] * rows + row[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def choose(
-    values, found, target, tried, cost, costs, error, base, step,
-    rows, values_b, CANDIDATES: tl.constexpr, COUNT: tl.constexpr,
-    CHUNK: tl.constexpr, BR: tl.constexpr,
+    values, found, target, tried, cost, costs, coupling, base, extra, step,
+    rows, values_b, coupling_b, CANDIDATES: tl.constexpr, COUNT: tl.constexpr,
+    SIDE: tl.constexpr, PART: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """The cheapest of the present values and the candidates `found` [B, candidates, g, N]:
-    base = step · values, error = t − base, and the step [B, N]."""
+    its step [B, N], base = step · values, and extra_j = sum_i (t − base)_i H_ij / H_jj, by which
+    a code alone would move."""
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     index = tl.program_id(1).to(tl.int64)
     inside = row < rows
     values += index * values_b
     target += index * COUNT * rows
-    error += index * COUNT * rows
+    coupling += index * coupling_b
     base += index * COUNT * rows
+    extra += index * COUNT * rows
     found += index * CANDIDATES * COUNT * rows
     tried += index * (1 + CANDIDATES) * rows + row
     costs += index * CANDIDATES * rows + row
@@ -97,30 +101,36 @@ def choose(
     wide = tl.load(tried + (1 + taken) * rows, mask=inside, other=1.0)
     tl.store(step + index * rows + row, wide, mask=inside)
     shift = tl.maximum(taken, 0) * COUNT * rows
-    for start in range(0, COUNT, CHUNK):
-        k = start + tl.arange(0, CHUNK)
-        at = k[:, None] * rows + row[None, :]
-        mask = (k < COUNT)[:, None] & inside[None, :]
+    k = tl.arange(0, SIDE)
+    slope = tl.zeros([SIDE, BR], tl.float32)
+    for start in range(0, COUNT, PART):
+        part = start + tl.arange(0, PART)
+        at = part[:, None] * rows + row[None, :]
+        mask = (part < COUNT)[:, None] & inside[None, :]
         new = mask & (taken >= 0)[None, :]
         old = mask & (taken < 0)[None, :]
         q = tl.load(found + at + shift[None, :], mask=new, other=0.0).to(tl.float32)
         q += tl.load(values + at, mask=old, other=0.0)
-        t = tl.load(target + at, mask=mask, other=0.0)
         rounded = q * wide[None, :]
         tl.store(base + at, rounded, mask=mask)
-        tl.store(error + at, t - rounded, mask=mask)
+        error = tl.load(target + at, mask=mask, other=0.0) - rounded
+        own = (k < COUNT)[:, None] & (part < COUNT)[None, :]
+        left = tl.load(coupling + part[None, :] * COUNT + k[:, None], mask=own, other=0.0)
+        slope = tl.dot(left, error, slope, input_precision="tf32x3")
+    at = k[:, None] * rows + row[None, :]
+    tl.store(extra + at, slope, mask=(k < COUNT)[:, None] & inside[None, :])
 
 
 @triton.jit
 def settle(
-    weight, values, target, product, chosen, step, divisors, residual, change,
-    rows, weight_b, step_b, COUNT: tl.constexpr,
+    weight, values, target, hessian, chosen, step, divisors, residual, change,
+    rows, weight_b, hessian_b, step_b, COUNT: tl.constexpr,
     KIND: tl.constexpr, DTYPE: tl.constexpr, CHANGE: tl.constexpr,
-    CHUNK: tl.constexpr, BR: tl.constexpr,
+    SIDE: tl.constexpr, PART: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """The better of the chosen step and the least-squares one of the moved values, and with it
-    the residual w − step · value, in place; `change` is what it changed by. `product` is H_gg
-    times the values; `weight`, `values` and `residual` have the same strides."""
+    the residual w − step · value, in place; `change` is what it changed by. `hessian` is H_gg;
+    `weight`, `values` and `residual` have the same strides."""
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     index = tl.program_id(1).to(tl.int64)
     inside = row < rows
@@ -128,36 +138,34 @@ def settle(
     values += index * weight_b
     residual += index * weight_b
     target += index * COUNT * rows
-    product += index * COUNT * rows
+    hessian += index * hessian_b
     change += index * COUNT * rows
+    k = tl.arange(0, SIDE)
+    product = tl.zeros([SIDE, BR], tl.float32)
+    for start in range(0, COUNT, PART):
+        part = start + tl.arange(0, PART)
+        own = (k < COUNT)[:, None] & (part < COUNT)[None, :]
+        left = tl.load(hessian + k[:, None] * COUNT + part[None, :], mask=own, other=0.0)
+        right = _tile(values, part, row, rows, COUNT)  # exact in TF32
+        product = tl.dot(left, right, product, input_precision="tf32")
     now = tl.load(chosen + index * rows + row, mask=inside, other=1.0)
-    square = tl.zeros([BR], tl.float32)
-    slope = tl.zeros([BR], tl.float32)
-    for start in range(0, COUNT, CHUNK):
-        k = start + tl.arange(0, CHUNK)
-        at = k[:, None] * rows + row[None, :]
-        mask = (k < COUNT)[:, None] & inside[None, :]
-        q = tl.load(values + at, mask=mask, other=0.0)
-        t = tl.load(target + at, mask=mask, other=0.0)
-        z = tl.load(product + at, mask=mask, other=0.0)
-        square += tl.sum(q * z, axis=0)
-        slope += tl.sum((t - q * now[None, :]) * z, axis=0)
+    q = _tile(values, k, row, rows, COUNT)
+    square = tl.sum(q * product, axis=0)
+    missed = _tile(target, k, row, rows, COUNT) - q * now[None, :]
+    slope = tl.sum(missed * product, axis=0)
+    some = square > 0
+    fitted = now + tl.where(some, slope / tl.where(some, square, 1.0), 0.0)
     divisor = tl.load(divisors + index) if KIND == 2 else 1.0
-    best = _fitted(now, slope, square, divisor, KIND, DTYPE)
+    best = stored(fitted, divisor, KIND, DTYPE)
     moved = now - best
     best = tl.where(moved * (2 * slope + moved * square) < 0, best, now)
     tl.store(step + index * step_b + row, best, mask=inside)
-    for start in range(0, COUNT, CHUNK):
-        k = start + tl.arange(0, CHUNK)
-        at = k[:, None] * rows + row[None, :]
-        mask = (k < COUNT)[:, None] & inside[None, :]
-        w = tl.load(weight + at, mask=mask, other=0.0)
-        q = tl.load(values + at, mask=mask, other=0.0)
-        rest = w - q * best[None, :]
-        if CHANGE:
-            old = tl.load(residual + at, mask=mask, other=0.0)
-            tl.store(change + at, rest - old, mask=mask)
-        tl.store(residual + at, rest, mask=mask)
+    rest = _tile(weight, k, row, rows, COUNT) - q * best[None, :]
+    at = k[:, None] * rows + row[None, :]
+    mask = (k < COUNT)[:, None] & inside[None, :]
+    if CHANGE:
+        tl.store(change + at, rest - _tile(residual, k, row, rows, COUNT), mask=mask)
+    tl.store(residual + at, rest, mask=mask)
 
 
 def refine(
@@ -233,11 +241,15 @@ class _State:
             at = slice(group * size, (group + 1) * size)
             own[:, group] = hessian[:, at, at]
         factor, inverse = factor_with_inverse(own.view(-1, size, size))
-        spread = step.repeat_interleave(size, dim=1)
         return cls(
             weight=weight,
             values=values,
-            residual=weight - values * spread,
+            residual=torch.addcmul(
+                weight.unflatten(1, (groups, size)),
+                values.unflatten(1, (groups, size)),
+                step.unsqueeze(2),
+                value=-1,
+            ).flatten(1, 2),
             step=step,
             zero=zero,
             own=own,
@@ -261,42 +273,41 @@ class _State:
         at = slice(group * size, (group + 1) * size)
         values, step = self.values[:, at], self.step[:, group]
         zero = None if self.zero is None else self.zero[:, group]
-        own, where = self.own[:, group], (triton.cdiv(rows, ROWS), batch)
-        sizes = {"COUNT": size, "CHUNK": CHUNK, "BR": ROWS, "num_warps": 1}
+        where = (triton.cdiv(rows, ROWS), batch)
+        side = max(16, triton.next_power_of_2(size))
+        sizes = {"COUNT": size, "SIDE": side, "PART": min(PART, side), "BR": ROWS, "num_warps": 8}
         kinds = {"KIND": kind_of(self.grid), "DTYPE": STORED[self.grid.scale_dtype]}
-        with exact_products():
-            solved = self.inverse[:, group] @ pull
-        target = torch.empty_like(solved)
+        inverse, coupling, own = (
+            part[:, group] for part in (self.inverse, self.coupling, self.own)
+        )
+        target = pull.new_empty(batch, size, rows)
         tried = pull.new_empty(batch, 1 + tries, rows)
         cost, costs = pull.new_empty(batch, rows), pull.new_zeros(batch, tries, rows)
         aim[where](
-            values, pull, solved, step, self.divisors, self.factors, target, tried, cost,
-            rows, values.stride(0), pull.stride(0), step.stride(0), CANDIDATES=tries,
-            **kinds, **sizes,
+            values, pull, inverse, step, self.divisors, self.factors, target, tried, cost,
+            rows, values.stride(0), pull.stride(0), inverse.stride(0), step.stride(0),
+            CANDIDATES=tries, **kinds, **sizes,
         )  # fmt: skip
         found = torch.empty(batch, tries, size, rows, dtype=torch.float16, device=pull.device)
         errors = pull.new_empty(batch, tries, size, rows)
         columns.launch(
             target, None, tried[:, 1:], zero, self.order[:, group], self.upper[:, group],
-            self.grid, size=size, pivots=self.pivots[:, group], cost=costs,
+            self.grid, size=None, pivots=self.pivots[:, group], cost=costs,
             values=found, errors=errors,
         )  # fmt: skip
-        error, base, chosen = torch.empty_like(target), solved, torch.empty_like(cost)
+        base, extra, chosen = (torch.empty_like(part) for part in (target, target, cost))
         choose[where](
-            values, found, target, tried, cost, costs, error, base, chosen,
-            rows, values.stride(0), CANDIDATES=tries, **sizes,
+            values, found, target, tried, cost, costs, coupling, base, extra, chosen,
+            rows, values.stride(0), coupling.stride(0), CANDIDATES=tries, **sizes,
         )  # fmt: skip
-        with exact_products():
-            extra = self.coupling[:, group].mT @ error
+        errors = errors.view(-1)[: base.numel()].view(base.shape)
         columns.launch(
-            base, extra, chosen, zero, self.natural, self.coupling[:, group], self.grid, size=size,
-            values=values.unsqueeze(1), errors=error.unsqueeze(1),
+            base, extra, chosen, zero, self.natural, coupling, self.grid, size=None,
+            values=values.unsqueeze(1), errors=errors.unsqueeze(1),
         )  # fmt: skip
-        with tf32_products():  # values are exact in TF32
-            product = own @ values
         settle[where](
-            self.weight[:, at], values, target, product, chosen, step, self.divisors,
-            self.residual[:, at], error, rows, self.weight.stride(0), step.stride(0),
-            CHANGE=changes, **kinds, **sizes,
+            self.weight[:, at], values, target, own, chosen, step, self.divisors,
+            self.residual[:, at], errors, rows, self.weight.stride(0), own.stride(0),
+            step.stride(0), CHANGE=changes, **kinds, **sizes,
         )  # fmt: skip
-        return error if changes else None
+        return errors if changes else None

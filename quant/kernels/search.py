@@ -14,6 +14,7 @@ import triton.language as tl
 
 from quant.grid import Grid
 from quant.kernels.grid import STORED, kind_of, nearest, stored
+from quant.kernels.products import transposed
 
 TILE = 4096  # weights of a program
 
@@ -128,7 +129,7 @@ def searched_steps(
     batch, rows, columns = weight_BNK.shape
     size = grid.scheme.group_size
     assert size is not None
-    weight_BKN = weight_BNK.mT.contiguous()
+    weight_BKN = transposed(weight_BNK)
     step = weight_BKN.new_empty(batch, columns // size, rows)
     zero = None if grid.scheme.symmetric else torch.empty_like(step)
     search_steps[triton.cdiv(rows, TILE // size), columns // size, batch](

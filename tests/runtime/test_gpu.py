@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from models.errors import InputError
+from quant.export import Layout
 from runtime.choice import Backend
 from runtime.load import LoadSettings, load_model
 from tests.runtime.oracle import DEMO, decoded_model, quantized_demo, quantized_qwen
@@ -78,6 +79,16 @@ def assert_tie(reference: Any, exact: Any, ids: torch.Tensor, found: int, wanted
     noise = float((rounded - best).abs().max())
     print(f"token {ids.shape[1]}: {found} for {wanted}, gap {gap:.4f}, rounding {noise:.4f}")  # noqa: T201
     assert abs(gap) <= 2 * noise
+
+
+@pytest.mark.parametrize(("layout", "scheme"), [("gptq", "W4A16"), ("modelopt", "NVFP4")])
+def test_exports_say_the_same_words(layout: Layout, scheme: str, tmp_path: Path) -> None:
+    """F16 scales of GPTQ and turned global scales of ModelOpt, by the kernels chosen for them."""
+    path = quantized_qwen(scheme, tmp_path, layout, **LARGE)
+    loaded = load_model(path, LoadSettings(device="cuda:0"))
+    reference = decoded_model(path, tmp_path / "decoded").to("cuda")
+    ids = prompt(loaded.spec.text["vocab_size"]).to("cuda")
+    assert greedy(loaded.model, ids) == greedy(reference, ids)
 
 
 def test_gpu_and_host_share_a_model(tmp_path: Path) -> None:
