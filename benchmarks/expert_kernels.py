@@ -11,7 +11,7 @@ adds what puts routed pairs into blocks.
         [--kernels triton humming] [--tune] [--layer] [--out FILE.json]
 
 --layer times a whole expert layer through the runtime (router, PackedExperts) in a CUDA graph
-beside the sum of its kernels, as the profiler has them. --tune tries the rows of a block. Needs
+beside the sum of its kernels, as the profiler has them. --tune tries blocks of other sizes. Needs
 about 25 GB of GPU memory.
 """
 
@@ -257,15 +257,18 @@ def planned(
 
 
 def tune_rows(kernel: TritonKernel, weights: PackedWeights, case: Case, name: str) -> None:
-    """Other tokens and rows a block than the kernel's own."""
+    """Other tokens, rows and registers than the kernel's own."""
     from runtime.kernels import triton_kernel
 
     own = dict(triton_kernel.BLOCKS)
-    for tokens, rows in itertools.product(own, (16, 32)):
+    for tokens, rows, registers in itertools.product(own, (16, 32), (96, 128, 160, 255)):
         if case.tokens == 1 and tokens != min(own):
             continue
-        triton_kernel.BLOCKS[tokens] = rows
-        what = f"  tune {name} {case.shape} {case.tokens} tokens: blocks of {tokens} x {rows} rows"
+        triton_kernel.BLOCKS[tokens] = rows, registers
+        what = (
+            f"  tune {name} {case.shape} {case.tokens} tokens: blocks of {tokens} x {rows} rows, "
+            f"{registers} registers"
+        )
         try:
             runs = []
             for ids, x in zip(case.ids, case.inputs, strict=True):
