@@ -61,7 +61,8 @@ class Pairs:
 
 def pairs_of(record: RoutedBatch, batch: Batch, num_experts: int) -> Pairs:
     """What a batch's experts got, padding left out."""
-    token_P, expert_P, weight_P = record.token_P, record.expert_P, record.router_weights_P
+    token_P, expert_P = record.token_P, record.expert_P.long()  # some routers choose in int32
+    weight_P = record.router_weights_P
     real_T = batch.domain_T != PADDING
     if not bool(real_T.all()):
         real_P = real_T.to(token_P.device)[token_P]

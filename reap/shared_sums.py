@@ -37,7 +37,8 @@ class SharedSums:
     def total(self) -> LayerStats:
         """The sums over the batches of all processes, in all of them."""
         own = [
-            torch.stack([values_ME for _, values_ME in part.sums.named()]) for part in self.parts
+            torch.stack([values_ME for _, values_ME in part.sums.named()]).cpu()
+            for part in self.parts
         ]
         total = LayerStats.empty(self.num_experts, self.domains)
         for values_SME in self.processes.gather_dealt(own):

@@ -151,11 +151,14 @@ def rounded_in_order(
                 extra = upper[:, :far, far:end].mT @ errors[:, :far]
         for start in range(far, end, BLOCK):
             stop = min(start + BLOCK, end)
-            mine = None if extra is None else extra[:, start - far : stop - far]
+            if extra is None:  # nothing comes before the first: zeros, not a kernel of its own
+                mine = weight_BKN.new_zeros(batch, stop - start, rows)
+            else:
+                mine = extra[:, start - far : stop - far]
             if start > far:
                 coupling, before = upper[:, far:start, start:stop].mT, errors[:, far:start]
                 with tf32_products():
-                    mine = coupling @ before if mine is None else mine.baddbmm_(coupling, before)
+                    mine.baddbmm_(coupling, before)
             launch(
                 weight_BKN,
                 mine,
@@ -182,14 +185,15 @@ def launch(
     upper: torch.Tensor,
     grid: Grid,
     *,
-    size: int,
+    size: int | None,
     values: torch.Tensor,
     errors: torch.Tensor,
     pivots: torch.Tensor | None = None,
     cost: torch.Tensor | None = None,
 ) -> None:
     """One block. `values` and `errors` [B, candidates, columns, N] are written, `cost` [B,
-    candidates, N] is added to; rows of everything are contiguous, N apart."""
+    candidates, N] is added to; rows of everything are contiguous, N apart. `size` is that of the
+    groups which have the steps, None where all columns are of one."""
     batch, rows, count = base.shape[0], base.shape[-1], order.shape[-1]
     levels = grid.levels
     low, high = (-(levels // 2), levels // 2 - 1) if zero is None else (0, levels - 1)
@@ -198,11 +202,11 @@ def launch(
         base, base if extra is None else extra, step, step if zero is None else zero,
         order, upper, upper if pivots is None else pivots, values, errors,
         values if cost is None else cost,
-        rows, size, float(low), float(high),
+        rows, size or count, float(low), float(high),
         base.stride(0), 0 if extra is None else extra.stride(0), step.stride(0),
         0 if zero is None else zero.stride(0), order.stride(0), upper.stride(0),
         0 if pivots is None else pivots.stride(0),
         values.stride(0), values.stride(1), errors.stride(0), errors.stride(1), upper.stride(1),
         COUNT=count, EXTRA=extra is not None, COST=cost is not None, KIND=kind_of(grid),
-        SAME=size >= count, PRECISION=PRECISION, SUB=SUB, BR=ROWS, num_warps=1,
+        SAME=size is None, PRECISION=PRECISION, SUB=SUB, BR=ROWS, num_warps=1,
     )  # fmt: skip

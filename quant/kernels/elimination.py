@@ -1,17 +1,15 @@
 """The factor of one block of a Hessian, and the Hessian brought into an order.
 
-A block is factorised from its last column to its first, sixteen columns at a time. A thread owns
-four rows; what the columns to the right leave of its sixteen entries is
+A block is factorised from its last column to its first, sixteen columns at a time: products bring
+what the columns to the right of them explain,
 
     v_ik = A_ik − sum_{j>k} v_ij U_kj,      U_ik = v_ik / D_k,     D_k = v_kk,
 
-so rows depend on each other only through the rows of the sixteen columns themselves, which every
-thread factorises for itself instead of waiting for another. Rows of the identity appended to the
-block's own turn into (D⁻¹ U⁻¹)ᵀ, by which the rows above the block are solved in one product.
+then the sixteen's own [16, 16] part is eliminated column by column, the inverse of its factor
+beside it, by which all rows follow. Rows of the identity appended to the block's own turn into
+(D⁻¹ U⁻¹)ᵀ, by which the rows above the block are solved in one product. Products are of three TF32
+each, which is float32's accuracy.
 """
-
-# Triton takes tuples that grow while a loop is unrolled
-# mypy: disable-error-code="assignment,var-annotated"
 
 from __future__ import annotations
 
@@ -35,7 +33,7 @@ def eliminate(
 ):  # fmt: skip
     """Symmetric [COUNT, COUNT] blocks, of which the part on and above the diagonal is read, become
     unit upper triangular U, D goes to `pivots` and (D⁻¹ U⁻¹)ᵀ to `inverse` [B, SIDE, SIDE].
-    `work` [B, 3 SIDE² + SUB²]: v by columns, then U by rows, then the sixteen columns' own."""
+    `work` [B, 3 SIDE² + SUB²]: v, then U, then the sixteen columns' own part of v."""
     index = tl.program_id(0).to(tl.int64)
     matrix += index * matrix_b
     pivots += index * pivots_b
@@ -43,65 +41,45 @@ def eliminate(
     work += index * (3 * SIDE * SIDE + SUB * SUB)
     upper = work + 2 * SIDE * SIDE
     corner = upper + SIDE * SIDE
-    r = tl.arange(0, 2 * SIDE)
+    r = tl.arange(0, 2 * SIDE)[:, None]
+    own = tl.arange(0, SUB)
     for back in range(0, SIDE, SUB):
         first = SIDE - SUB - back
-        value = ()
-        for k in tl.static_range(SUB):
-            column = first + k
-            own = (r <= column) & (column < COUNT)
-            entry = tl.load(matrix + r * matrix_row + column, mask=own, other=0.0)
-            value = value + (tl.where(r - SIDE == column, 1.0, entry),)  # noqa: RUF005
-        tl.debug_barrier()
+        k = first + own[None, :]
+        given = (r <= k) & (k < COUNT)
+        v = tl.load(matrix + r * matrix_row + k, mask=given, other=0.0)
+        v = tl.where(r - SIDE == k, 1.0, v)
         for block in range(SIDE - back, SIDE, SUB):
-            past = ()
-            for j in tl.static_range(SUB):
-                past = past + (tl.load(work + (block + j) * 2 * SIDE + r),)  # noqa: RUF005
-            for j in tl.static_range(SUB):
-                less = ()
-                for k in tl.static_range(SUB):
-                    at = upper + (first + k) * SIDE + block + j
-                    less = less + (value[k] - past[j] * tl.load(at),)  # noqa: RUF005
-                value = less
-        inner = (r >= first) & (r < first + SUB)
-        for k in tl.static_range(SUB):
-            tl.store(corner + (r - first) * SUB + k, value[k], mask=inner)
+            past = tl.load(work + r * SIDE + block + own[None, :])
+            row = tl.load(upper + k * SIDE + block + own[:, None])
+            v -= tl.dot(past, row, input_precision="tf32x3")
+        tl.store(
+            corner + (r - first) * SUB + own[None, :], v, mask=(r >= first) & (r < first + SUB)
+        )
         tl.debug_barrier()
-        # the sixteen columns' own factor, columns from the last; [column, row] of each
-        reduced = ()
-        scaled = ()
-        inverses = ()
-        for t in tl.static_range(SUB):
-            column_v = ()
-            for m in tl.static_range(SUB):
-                if m <= SUB - 1 - t:
-                    left = tl.load(corner + m * SUB + SUB - 1 - t)
-                    if COUNT < SIDE and m == SUB - 1 - t:
-                        left = tl.where(first + m < COUNT, left, 1.0)
-                    for s in tl.static_range(t):
-                        left -= reduced[s * SUB + m] * scaled[s * SUB + SUB - 1 - t]
-                    column_v = column_v + (left,)  # noqa: RUF005
-                else:
-                    column_v = column_v + (0.0,)  # noqa: RUF005
-            pivot = column_v[SUB - 1 - t]
-            tl.store(pivots + first + SUB - 1 - t, pivot, mask=first + SUB - 1 - t < COUNT)
-            inverses = inverses + (1.0 / pivot,)  # noqa: RUF005
-            for m in tl.static_range(SUB):
-                scaled = scaled + (column_v[m] * inverses[t],)  # noqa: RUF005
-            reduced = reduced + column_v
-        # every row under it
-        done = ()
-        for t in tl.static_range(SUB):
-            column = first + SUB - 1 - t
-            left = value[SUB - 1 - t]
-            for s in tl.static_range(t):
-                left -= done[s] * scaled[s * SUB + SUB - 1 - t]
-            done = done + (left,)  # noqa: RUF005
-            u = left * inverses[t]
-            tl.store(work + column * 2 * SIDE + r, left)
-            inside_u = tl.where(r < column, u, tl.where(r == column, 1.0, 0.0))
-            tl.store(upper + r * SIDE + column, inside_u, mask=r < SIDE)
-            tl.store(inverse + (r - SIDE) * SIDE + column, u, mask=r >= SIDE)
+        low = tl.minimum(own[:, None], own[None, :])
+        high = tl.maximum(own[:, None], own[None, :])
+        a = tl.load(corner + low * SUB + high)
+        a = tl.where((low == high) & (first + high >= COUNT), 1.0, a)
+        w = tl.where(low == high, 1.0, 0.0)
+        d = tl.full([SUB], 1.0, tl.float32)
+        for step in range(0, SUB):
+            p = SUB - 1 - step
+            is_row = own[:, None] == p
+            row = tl.sum(tl.where(is_row, a, 0.0), axis=0)
+            beside = tl.sum(tl.where(is_row, w, 0.0), axis=0)
+            column = tl.sum(tl.where(own[None, :] == p, a, 0.0), axis=1)
+            pivot = tl.sum(tl.where(own == p, row, 0.0), axis=0)
+            u = tl.where(own < p, column / pivot, 0.0)
+            a -= u[:, None] * row[None, :]
+            w -= u[:, None] * beside[None, :]
+            d = tl.where(own == p, pivot, d)
+        tl.store(pivots + first + own, d, mask=first + own < COUNT)
+        u = tl.dot(v, tl.trans(w / d[:, None]), input_precision="tf32x3")
+        tl.store(work + r * SIDE + k, u * d[None, :])
+        found = tl.where(r < k, u, tl.where(r == k, 1.0, 0.0))
+        tl.store(upper + r * SIDE + k, found, mask=r < SIDE)
+        tl.store(inverse + (r - SIDE) * SIDE + k, u, mask=r >= SIDE)
         tl.debug_barrier()
     i = tl.arange(0, SIDE)[:, None]
     j = tl.arange(0, SIDE)[None, :]
@@ -241,6 +219,6 @@ def _eliminated(block: torch.Tensor, pivots: torch.Tensor) -> torch.Tensor:
     work = block.new_empty(batch, 3 * side * side + SUB * SUB)
     eliminate[batch,](
         block, pivots, inverse, work, block.stride(0), block.stride(1), pivots.stride(0),
-        COUNT=count, SIDE=side, SUB=SUB, num_warps=2 if side == BLOCK else 1,
+        COUNT=count, SIDE=side, SUB=SUB, num_warps=8 if side == BLOCK else 4,
     )  # fmt: skip
     return inverse

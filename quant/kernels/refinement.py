@@ -292,7 +292,7 @@ class _State:
         errors = pull.new_empty(batch, tries, size, rows)
         columns.launch(
             target, None, tried[:, 1:], zero, self.order[:, group], self.upper[:, group],
-            self.grid, size=size, pivots=self.pivots[:, group], cost=costs,
+            self.grid, size=None, pivots=self.pivots[:, group], cost=costs,
             values=found, errors=errors,
         )  # fmt: skip
         base, extra, chosen = (torch.empty_like(part) for part in (target, target, cost))
@@ -302,7 +302,7 @@ class _State:
         )  # fmt: skip
         errors = errors.view(-1)[: base.numel()].view(base.shape)
         columns.launch(
-            base, extra, chosen, zero, self.natural, coupling, self.grid, size=size,
+            base, extra, chosen, zero, self.natural, coupling, self.grid, size=None,
             values=values.unsqueeze(1), errors=errors.unsqueeze(1),
         )  # fmt: skip
         settle[where](
