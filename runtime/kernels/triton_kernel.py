@@ -31,7 +31,7 @@ from runtime.storage import Storage
 DOT = tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16
 FORMATS = {("int", 3): 3, ("int", 4): 4, ("nvfp4", 4): 16, ("fp8", 8): 8}
 # tokens of a block -> its rows and registers a thread; measured on an H200 (docs/benchmarks.md)
-BLOCKS = {8: (16, 128), 16: (16, 160), 32: (16, 208), 64: (16, 255)}
+BLOCKS = {8: (32, 255), 16: (32, 255), 32: (16, 208), 64: (16, 255)}
 COLUMNS = 1024  # of a program of the kernels around the products
 DECODE_FROM = 128  # tokens an expert, on average
 DECODED = 1 << 28  # weights decoded at a time for many tokens: 512 MiB of bfloat16
