@@ -120,21 +120,25 @@ class LayerWalk:
         `keep_output` stores what enters the next layer; without `last_pass` what entered this
         one stays for another pass.
         """
-        skeleton = self.skeleton
         for number in range(len(self.cuts)):
             batch = self.batch(number)
             current[:] = [batch]
-            call = skeleton.call(layer, *self._on_device(batch))
             entering = self.hidden_states.take(layer, number)
-            carry = {name: tensor.to(skeleton.device) for name, tensor in entering.items()}
-            leaving = skeleton.run_layer(layer, call, carry)
-            self._check(layer, batch, leaving["hidden_states"])
+            leaving = self.through(layer, batch, entering)
             if left is not None:
                 left(batch, leaving)
             if not last_pass:
                 self.hidden_states.put_back(layer, number, entering)
             if keep_output:
                 self.hidden_states.put(layer + 1, number, leaving)
+
+    def through(self, layer: int, batch: Batch, entering: Carry) -> Carry:
+        """What leaves the loaded layer for `entering`. InputError when it is not finite."""
+        call = self.skeleton.call(layer, *self._on_device(batch))
+        carry = {name: tensor.to(self.skeleton.device) for name, tensor in entering.items()}
+        leaving = self.skeleton.run_layer(layer, call, carry)
+        self._check(layer, batch, leaving["hidden_states"])
+        return leaving
 
     def _check(self, layer: int, batch: Batch, hidden: torch.Tensor) -> None:
         """Padding rows may hold anything; tokens must be finite."""

@@ -390,13 +390,7 @@ def _walk_layer(
     has_experts = bool(experts_of(linears))
     skeleton.load_layer(layer, keep if has_experts else None)
     skeleton.prefetch_layer(layer + 1)
-    modules = {
-        linear.module: module
-        for linear in linears
-        if not linear.is_expert
-        and plan.schemes[linear.module] is not None
-        and (module := skeleton.linear_of(layer, linear.logical)) is not None
-    }
+    modules = loaded_modules(plan.schemes, skeleton, layer, linears)
     inputs = LinearInputs(with_hessian=bool(plan.damping))
     compressed = settings.propagate == "compressed"
     with watched(modules, inputs, current):
@@ -406,7 +400,7 @@ def _walk_layer(
     activate = skeleton.experts[layer].activate if layer in skeleton.experts else None
     rounder.round_experts(linears, routed if has_experts else None, activate, result)
     if compressed:
-        put_in_place(plan, skeleton, layer, modules, linears, result)
+        put_in_place(plan.schemes, skeleton, layer, linears, result)
         if layer in skeleton.experts:
             skeleton.experts[layer].observe = None
         walk.pass_through(layer, current, keep_output=True)
@@ -415,23 +409,38 @@ def _walk_layer(
     return result
 
 
-def put_in_place(
-    plan: QuantizePlan,
+def loaded_modules(
+    schemes: Mapping[str, Scheme | None],
     skeleton: Skeleton,
     layer: int,
-    modules: Mapping[str, torch.nn.Module],
+    linears: Sequence[Linear],
+) -> dict[str, torch.nn.Linear]:
+    """Module path -> the loaded layer's module, of matrices outside the experts with a scheme."""
+    return {
+        linear.module: module
+        for linear in linears
+        if not linear.is_expert
+        and schemes[linear.module] is not None
+        and (module := skeleton.linear_of(layer, linear.logical)) is not None
+    }
+
+
+def put_in_place(
+    schemes: Mapping[str, Scheme | None],
+    skeleton: Skeleton,
+    layer: int,
     linears: Sequence[Linear],
     result: LayerRounding,
 ) -> None:
     """Decoded rounded weights instead of the layer's own, in compute dtype."""
 
     def decoded(module: str) -> torch.Tensor:
-        scheme = plan.schemes[module]
+        scheme = schemes[module]
         assert scheme is not None
         value = dequantize(result.quantized[module], scheme)
         return value.to(skeleton.device, skeleton.dtype)
 
-    for name, module in modules.items():
+    for name, module in loaded_modules(schemes, skeleton, layer, linears).items():
         weight = module.get_parameter("weight")
         weight.data = decoded(name)
     if layer not in skeleton.experts:
@@ -439,7 +448,7 @@ def put_in_place(
     weights = skeleton.experts[layer].weights
     assert weights is not None
     for expert, parts in experts_of(linears).items():
-        if plan.schemes[parts.up.module] is None:
+        if schemes[parts.up.module] is None:
             continue
         up = torch.cat([decoded(one.module) for one in (parts.gate, parts.up) if one is not None])
         down = decoded(parts.down.module)
