@@ -4,17 +4,18 @@
 
 For each model: damage of every part under W3A16, W4A16 and W8A16 (evals/part_damage.py) on some
 8,192 tokens of the offline mix's training part, then checkpoints, each by RTN and by GPTQ
-(calibrated on 6 samples of each domain of up to 512 tokens):
+(calibrated on 10 samples of each domain of up to 512 tokens):
 
     W3, W4           uniform
     DQ3              experts W4 in the first two MoE layers and every fourth, else W3; all other
                      matrices W4 (the rule of DQ3_K_M, arXiv 2505.02390, in our schemes)
     attention W8     everything but the routed experts W8, these W3
     budget of X      `--budget` with exactly the bytes of X
-    budget +25 %     ... of uniform W3 and a quarter
+    budget +10 %     ... of uniform W3 and 10 %; +25 % the same
 
-KL in nats a token to the original on 6 held-out samples of each domain, in the checkpoint's own
-type; `predicted` is the sum of the chosen parts' damages, to be compared with RTN's KL. Every step
+KL in nats a token to the original on 10 held-out samples of each domain, in the checkpoint's own
+type. `predicted` is the sum of the chosen parts' damages; `there` is the KL of RTN's checkpoint on
+the very tokens that damage was measured on, so their ratio says how far damages add up. Every step
 resumes by itself.
 """
 
@@ -22,13 +23,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.gptq_peer import machine
+from calibration.tokens import TokenSet
 from cli.demo import part_tokens
 from evals.fidelity import EvalSettings, evaluate_all
 from evals.part_damage import Damage, part_damage, some_samples
@@ -42,7 +44,7 @@ SCHEMES = ("W3A16", "W4A16", "W8A16")
 W3, W4, W8 = range(3)
 METHODS: tuple[Method, ...] = ("rtn", "gptq")
 BATCH_TOKENS = 512
-CALIBRATION, HELDOUT, MAX_LENGTH, DAMAGE_TOKENS = 6, 6, 512, 8192
+CALIBRATION, HELDOUT, MAX_LENGTH, DAMAGE_TOKENS = 10, 10, 512, 8192
 
 Choice = dict[Part, int]
 
@@ -64,7 +66,7 @@ def choices(menu: Menu, damage: Damage) -> dict[str, Choice]:
         "W4": by_rule(menu, lambda part: W4),
     }
     sizes = {f"budget of {name}": menu.size(made[name]) for name in ("DQ3", "attention W8", "W4")}
-    sizes["budget +25 %"] = menu.smallest * 125 // 100
+    sizes |= {f"budget +{share} %": menu.smallest * (100 + share) // 100 for share in (10, 25)}
     for name, size in sizes.items():
         made[name] = share_out(menu, damage, size)
         assert menu.size(made[name]) <= size
@@ -72,7 +74,7 @@ def choices(menu: Menu, damage: Damage) -> dict[str, Choice]:
 
 
 def written(
-    opened: OpenModel, menu: Menu, chosen: Choice, method: Method, tokens: Any, out: Path
+    opened: OpenModel, menu: Menu, chosen: Choice, method: Method, tokens: TokenSet, out: Path
 ) -> Path:
     """The checkpoint of a choice; its size is what was planned."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -89,56 +91,66 @@ def measure(root: Path, group_size: int | None, out: Path) -> list[dict[str, Any
     opened = open_model(root)
     schemes = [scheme_with(name, group_size=group_size) for name in SCHEMES]
     menu = menu_of(opened, schemes, QuantizeSettings())
+    there = some_samples(part_tokens(root, "train", 32, MAX_LENGTH), DAMAGE_TOKENS)
     damage = part_damage(
         opened,
         menu,
-        some_samples(part_tokens(root, "train", 32, MAX_LENGTH), DAMAGE_TOKENS),
+        there,
         EvalSettings(batch_tokens=BATCH_TOKENS),
         out / "damage",
     )
     for part, values in damage.items():
         print(part, [round(value, 5) for value in values], flush=True)
     tokens = part_tokens(root, "train", CALIBRATION, MAX_LENGTH)
+    heldout = part_tokens(root, "heldout", HELDOUT, MAX_LENGTH)
     made = choices(menu, damage)
-    kl: dict[str, Mapping[str, Any]] = {}
-    for method in METHODS:
-        paths = {
+    paths = {
+        method: {
             name: written(opened, menu, chosen, method, tokens, out / method / name)
             for name, chosen in made.items()
         }
-        kl[method] = evaluate_all(
-            paths,
-            part_tokens(root, "heldout", HELDOUT, MAX_LENGTH),
-            EvalSettings(batch_tokens=BATCH_TOKENS),
-            reference=root,
-            out=out / f"judged-{method}",
-        )
-        print(method, {name: round(one["kl"], 4) for name, one in kl[method].items()}, flush=True)
+        for method in METHODS
+    }
+    kl = {
+        "rtn": judge(root, paths["rtn"], heldout, out / "judged-rtn"),
+        "gptq": judge(root, paths["gptq"], heldout, out / "judged-gptq"),
+        "there": judge(root, paths["rtn"], there, out / "judged-there"),
+    }
     return [
         {
             "choice": name,
             "bytes": menu.size(chosen),
             "over": menu.size(chosen) / menu.smallest - 1,
             "predicted": sum(damage[part][chosen[part]] for part in menu.measured),
-            **{method: kl[method][name]["kl"] for method in METHODS},
+            **{judged: own[name]["kl"] for judged, own in kl.items()},
             "chosen": {str(part): schemes[index].bits for part, index in chosen.items()},
         }
         for name, chosen in made.items()
     ]
 
 
+def judge(
+    root: Path, paths: dict[str, Path], tokens: TokenSet, out: Path
+) -> dict[str, dict[str, Any]]:
+    """KL of every checkpoint to the original."""
+    settings = EvalSettings(batch_tokens=BATCH_TOKENS)
+    return evaluate_all(paths, tokens, settings, reference=root, out=out)
+
+
 def table(model: str, rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
         f"\n**{model}**\n",
-        "| choice | MB | over W3 | predicted | KL, RTN | RTN / predicted | KL, GPTQ |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| choice | MB | over W3 | predicted | there | ratio | KL, RTN | KL, GPTQ |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        size = f"{row['bytes'] / 1e6:.2f} | {row['over']:.1%} | {row['predicted']:.4f}"
-        ratio = row["rtn"] / row["predicted"]
+        size = f"{row['bytes'] / 1e6:.2f} | {row['over']:.1%}"
+        added = (
+            f"{row['predicted']:.4f} | {row['there']:.4f} | {row['there'] / row['predicted']:.2f}"
+        )
         lines.append(
-            f"| {row['choice']} | {size} | {row['rtn']:.4f} | {ratio:.2f} | {row['gptq']:.4f} |"
+            f"| {row['choice']} | {size} | {added} | {row['rtn']:.4f} | {row['gptq']:.4f} |"
         )
     return "\n".join(lines)
 

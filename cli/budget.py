@@ -146,6 +146,11 @@ def budget_lines(facts: Mapping[str, Any]) -> list[str]:
     for kind, own in facts["schemes"].items():
         shares = "; ".join(f"{name} in layers {ranges(layers)}" for name, layers in own.items())
         text.append(f"{kind.replace('_', ' '):<14}{shares}")
+    if len(facts["schemes"].get("expert", ())) > 1:
+        text.append(
+            "experts of layers differ: for vLLM and thresher serve; transformers 5.17 decodes "
+            "all experts as the first scheme's and fails or answers garbage"
+        )
     return [*text, f"recipe: {facts['recipe']}"]
 
 
