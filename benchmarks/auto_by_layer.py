@@ -47,8 +47,8 @@ def main() -> None:
                 layer: min(
                     plans,
                     key=lambda name: kept_error(
-                        other.layers[layer],  # noqa: B023
-                        plans[name].layers[layer],  # noqa: B023
+                        other.layers[layer],
+                        plans[name].layers[layer],
                         1,
                     ),
                 )

@@ -1,26 +1,30 @@
 """Routed experts of DeepSeek-V3.2's shapes on a GPU: our Triton kernels, Humming and bf16.
 
 128 experts, top-8; gate and up joined (4096 x 7168) and down (7168 x 2048); 1, 8, 64 and 512
-tokens. Every kernel is checked against decode-then-multiply in float32, then timed as replays of a
-CUDA graph (median). GB/s counts the codes and scales of the experts that were hit, as a share of
-the copy bandwidth measured in the same run.
+tokens. Every kernel is checked against decode-then-multiply in float32, then timed in CUDA graphs
+of several launches, each for other tokens and, of one token, other experts: no launch of the host
+is counted, and what a launch reads was not read by the one before. GB/s counts the codes and scales
+of the experts that were hit, as a share of the copy bandwidth measured in the same run. `with plan`
+adds what puts routed pairs into blocks.
 
     python benchmarks/expert_kernels.py [--formats W3 W4 NVFP4 FP8] [--tokens 1 8 64 512]
-        [--tune] [--layer] [--out FILE.json]
+        [--kernels triton humming] [--tune] [--layer] [--out FILE.json]
 
---layer times a whole expert layer through the runtime (PackedExperts) in a CUDA graph beside the
-sum of its kernels, as the profiler has them. --tune tries block sizes. Needs about 25 GB of GPU
-memory.
+--layer times a whole expert layer through the runtime (router, PackedExperts) in a CUDA graph
+beside the sum of its kernels, as the profiler has them. --tune tries blocks of other sizes. Needs
+about 25 GB of GPU memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,17 +83,18 @@ def random_weights(held: Storage) -> PackedWeights:
     return weights
 
 
-def timed(run: Callable[[], Any], repeats: int = 30) -> float:
-    """Seconds of one run: the median of replays of a CUDA graph."""
+def timed(runs: Sequence[Callable[[], Any]], repeats: int = 20) -> float:
+    """Seconds of one run: the median of replays of a CUDA graph of all of them, by their number."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):
+        for run in runs:
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
+        for run in runs:
+            run()
     times = []
     for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -97,15 +102,15 @@ def timed(run: Callable[[], Any], repeats: int = 30) -> float:
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
+        times.append(begin.elapsed_time(end) / 1e3 / len(runs))
     return statistics.median(times)
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written a second by a device-to-device copy."""
-    source = torch.randn(1 << 30, dtype=torch.float32, device=DEVICE)
+    """Bytes read and written a second by an elementwise copy (memcpy's own kernel is slower)."""
+    source = torch.randn(1 << 29, dtype=torch.float32, device=DEVICE)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / timed(lambda: target.copy_(source), 10)
+    return 2 * source.nbytes / timed([partial(torch.mul, source, 2.0, out=target)] * 4)
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -133,24 +138,47 @@ class Report:
         self.rows: list[dict[str, Any]] = []
 
     def add(
-        self, kernel: str, name: str, shape: str, tokens: int, hit: int, seconds: float,
-        error: float,
+        self, kernel: str, name: str, case: Case, seconds: float, error: float,
+        with_plan: float | None = None,
     ) -> None:  # fmt: skip
-        parts, rows, columns = SHAPES[shape]
+        parts, rows, columns = SHAPES[case.shape]
         weights = parts * rows * columns
-        nbytes = hit * (weights * 2 if name == "bf16" else storage(name, *SHAPES[shape]).nbytes(1))
+        one = weights * 2 if name == "bf16" else storage(name, *SHAPES[case.shape]).nbytes(1)
+        nbytes = case.hit * one
         row = {
-            "kernel": kernel, "format": name, "shape": shape, "tokens": tokens, "experts_hit": hit,
-            "us": seconds * 1e6, "GB/s": nbytes / seconds / 1e9,
+            "kernel": kernel, "format": name, "shape": case.shape, "tokens": case.tokens,
+            "experts_hit": case.hit, "us": seconds * 1e6, "GB/s": nbytes / seconds / 1e9,
             "share_of_copy": nbytes / seconds / self.bandwidth,
-            "TFLOP/s": 2 * tokens * TOP_K * weights / seconds / 1e12, "error": error,
+            "TFLOP/s": 2 * case.tokens * TOP_K * weights / seconds / 1e12, "error": error,
+            "us_with_plan": None if with_plan is None else with_plan * 1e6,
         }  # fmt: skip
         self.rows.append(row)
+        plan = "" if with_plan is None else f"  with plan {with_plan * 1e6:.1f} us"
         print(
-            f"{kernel:9}{name:7}{shape:9}{tokens:>5} tokens {row['us']:9.1f} us "
-            f"{row['share_of_copy']:6.1%} of copy {row['TFLOP/s']:7.1f} TFLOP/s  error {error:.4f}",
+            f"{kernel:9}{name:7}{case.shape:9}{case.tokens:>5} tokens {row['us']:9.1f} us "
+            f"{row['GB/s']:6.0f} GB/s {row['share_of_copy']:6.1%} of copy "
+            f"{row['TFLOP/s']:7.1f} TFLOP/s  error {error:.4f}{plan}",
             flush=True,
         )
+
+
+class Case:
+    """Several routings of so many tokens and their inputs, for one of the shapes."""
+
+    def __init__(self, shape: str, tokens: int, generator: torch.Generator) -> None:
+        self.shape, self.tokens = shape, tokens
+        self.top_k = TOP_K if shape == "gate_up" else 1
+        count = max(2, 16 // tokens)
+        order = torch.rand(tokens, EXPERTS, device=DEVICE, generator=generator).argsort(1)
+        # of one token, each routing has experts that no other has
+        self.ids = [order[:, TOP_K * i : TOP_K * (i + 1)].contiguous() for i in range(count)]
+        self.hit = round(statistics.mean(int(ids.unique().numel()) for ids in self.ids))
+        self.some = [0, tokens * TOP_K // 2, tokens * TOP_K - 1]
+        rows = tokens * TOP_K // self.top_k
+        self.inputs = [
+            torch.randn(rows, SHAPES[shape][2], device=DEVICE, generator=generator).to(BF16)
+            for _ in self.ids
+        ]
 
 
 def kernels_of(names: list[str]) -> dict[str, TritonKernel]:
@@ -167,115 +195,92 @@ def kernels_of(names: list[str]) -> dict[str, TritonKernel]:
     return made
 
 
-def product(
-    name: str, kernel: TritonKernel, weights: PackedWeights, x: torch.Tensor, ids: torch.Tensor
-) -> Callable[[], torch.Tensor]:
-    """The product of all routed pairs, the plan of routed pairs included."""
-    pairs = ids.numel()
-    top_k = pairs // x.shape[0]
-    if name == "humming":
-        return lambda: kernel._routed(weights, x, ids, top_k)  # type: ignore[attr-defined]
-    return lambda: kernel.product(
-        weights, x, kernel.plan(ids, EXPERTS, weights.storage), pairs, top_k
-    )
-
-
 def compare(report: Report, options: argparse.Namespace) -> None:
     """Every format, shape and number of tokens by every kernel."""
     generator = torch.Generator(DEVICE).manual_seed(0)
-    routed = {
-        t: torch.rand(t, EXPERTS, device=DEVICE, generator=generator).topk(TOP_K).indices
-        for t in options.tokens
-    }
     for shape, (parts, rows, columns) in SHAPES.items():
-        inputs = {
-            t: torch.randn(
-                t if shape == "gate_up" else t * TOP_K, columns, device=DEVICE, generator=generator
-            ).to(BF16)
-            for t in options.tokens
-        }
-        ids = {t: i if shape == "gate_up" else i.reshape(-1, 1) for t, i in routed.items()}
-        top_k = TOP_K if shape == "gate_up" else 1
+        cases = [Case(shape, tokens, generator) for tokens in options.tokens]
         for name in options.formats:
             for kernel_name, kernel in kernels_of(options.kernels).items():
                 weights = random_weights(storage(name, parts, rows, columns))
                 if not kernel.supports(weights.storage):
                     continue
-                some = {t: [0, t * TOP_K // 2, t * TOP_K - 1] for t in options.tokens}
-                wanted = {
-                    t: expected_rows(weights, inputs[t], ids[t], top_k, some[t])
-                    for t in options.tokens
-                }
                 try:
-                    began = time.monotonic()
-                    kernel.prepare(weights)
-                    torch.cuda.synchronize()
-                    print(
-                        f"{kernel_name} reorders {name} {shape}: {time.monotonic() - began:.1f} s"
-                    )
-                    for t in options.tokens:
-                        run = product(kernel_name, kernel, weights, inputs[t], ids[t])
-                        error = relative_error(run()[some[t]], wanted[t])
-                        hit = int(routed[t].unique().numel())
-                        report.add(kernel_name, name, shape, t, hit, timed(run), error)
-                    if options.tune and kernel_name == "triton":
-                        tune(kernel, weights, inputs, ids, name, shape)
+                    measure(report, kernel_name, kernel, weights, name, cases, options.tune)
                 except Exception:
                     traceback.print_exc(limit=-4)
                 del weights
                 torch.cuda.empty_cache()
         plain = torch.randn(EXPERTS, parts * rows, columns, device=DEVICE, dtype=BF16) * 0.02
-        for t in options.tokens:
-            flat = routed[t].reshape(-1)
-            order = flat.argsort()
-            x_PK = inputs[t][order // top_k].contiguous()
-            offs = flat.bincount(minlength=EXPERTS).cumsum(0).int()
-            hit = int(flat.unique().numel())
-            weight = plain.transpose(1, 2)
-            seconds = timed(lambda x=x_PK, w=weight, o=offs: F.grouped_mm(x, w, offs=o))
-            report.add("torch", "bf16", shape, t, hit, seconds, 0.0)
-        plain = weight = torch.empty(0)
+        for case in cases:
+            runs = []
+            for ids, x in zip(case.ids, case.inputs, strict=True):
+                flat = ids.reshape(-1)
+                x_PK = x[flat.argsort() // case.top_k].contiguous()
+                offs = flat.bincount(minlength=EXPERTS).cumsum(0).int()
+                runs.append(partial(F.grouped_mm, x_PK, plain.transpose(1, 2), offs=offs))
+            report.add("torch", "bf16", case, timed(runs), 0.0)
+        del plain, runs
         torch.cuda.empty_cache()
 
 
-def tune(
-    kernel: TritonKernel, weights: PackedWeights, inputs: dict[int, torch.Tensor],
-    ids: dict[int, torch.Tensor], name: str, shape: str,
+def measure(
+    report: Report, kernel_name: str, kernel: TritonKernel, weights: PackedWeights, name: str,
+    cases: list[Case], tune: bool,
 ) -> None:  # fmt: skip
-    """Block heights and warps for the kernels of few and of many tokens."""
-    one, many = kernel.one_config, dict(kernel.many_config)
-    # tokens routed -> (tokens a block, rows a block, warps)
-    trials = {
-        1: [(1, 64, 2), (1, 128, 4), (1, 128, 8), (1, 32, 4)],
-        8: [(16, 64, 4)],
-        64: [(16, 64, 4), (16, 128, 4), (16, 128, 8)],
-        512: [(64, 64, 4), (64, 128, 8)],
-    }
-    for tokens, configs in trials.items():
-        if tokens not in inputs or (weights.storage.kind == "fp8" and tokens == 1):
+    """One kernel and one set of weights: errors, products alone, products with their plans."""
+    wanted = [
+        expected_rows(weights, case.inputs[0], case.ids[0], case.top_k, case.some) for case in cases
+    ]
+    began = time.monotonic()
+    kernel.prepare(weights)
+    torch.cuda.synchronize()
+    print(f"{kernel_name} reorders {name} {cases[0].shape}: {time.monotonic() - began:.1f} s")
+    for case, want in zip(cases, wanted, strict=True):
+        pairs = case.tokens * TOP_K
+        alone, both = [], []
+        for ids, x in zip(case.ids, case.inputs, strict=True):
+            plan = kernel.plan(ids, weights)
+            alone.append(partial(kernel.product, weights, x, plan, pairs, case.top_k))
+            both.append(partial(planned, kernel, weights, x, ids, case.top_k))
+        error = relative_error(alone[0]()[case.some], want)
+        report.add(kernel_name, name, case, timed(alone), error, timed(both))
+        if tune and kernel_name == "triton":
+            tune_rows(kernel, weights, case, name)
+
+
+def planned(
+    kernel: TritonKernel, weights: PackedWeights, x: torch.Tensor, ids: torch.Tensor, top_k: int
+) -> torch.Tensor:
+    """The product with everything it takes."""
+    return kernel.product(weights, x, kernel.plan(ids, weights), ids.numel(), top_k)
+
+
+def tune_rows(kernel: TritonKernel, weights: PackedWeights, case: Case, name: str) -> None:
+    """Other tokens, rows and registers than the kernel's own."""
+    from runtime.kernels import triton_kernel
+
+    own = dict(triton_kernel.BLOCKS)
+    for tokens, rows, registers in itertools.product(own, (16, 32), (96, 128, 160, 255)):
+        if case.tokens == 1 and tokens != min(own):
             continue
-        pairs = tokens * TOP_K
-        top_k = pairs // inputs[tokens].shape[0]
-        for block, height, warps in configs:
-            own = (height, warps)
-            kernel.one_config = own if block == 1 else one
-            kernel.many_config = {t: own if t == block else c for t, c in many.items()}
-
-            def run(tokens: int = tokens, block: int = block, top_k: int = top_k) -> Any:
-                if block == 1:
-                    plan = kernel.plan(ids[tokens].reshape(1, -1), EXPERTS, weights.storage)
-                else:
-                    plan = kernel.blocks(ids[tokens], EXPERTS, block)
-                return kernel.product(weights, inputs[tokens], plan, tokens * TOP_K, top_k)
-
-            what = (
-                f"  tune {name} {shape} {tokens} tokens: blocks of {block}x{height}, {warps} warps"
-            )
-            try:
-                print(f"{what}: {timed(run) * 1e6:.1f} us", flush=True)
-            except Exception as error:
-                print(f"{what}: {str(error)[:80]}", flush=True)
-    kernel.one_config, kernel.many_config = one, many
+        triton_kernel.BLOCKS[tokens] = rows, registers
+        what = (
+            f"  tune {name} {case.shape} {case.tokens} tokens: blocks of {tokens} x {rows} rows, "
+            f"{registers} registers"
+        )
+        try:
+            runs = []
+            for ids, x in zip(case.ids, case.inputs, strict=True):
+                alone = case.tokens == 1
+                plan = kernel.plan(ids, weights) if alone else kernel.blocks(ids, EXPERTS, tokens)
+                runs.append(
+                    partial(kernel.product, weights, x, plan, case.tokens * TOP_K, case.top_k)
+                )
+            print(f"{what}: {timed(runs) * 1e6:.1f} us", flush=True)
+        except Exception as error:
+            print(f"{what}: {str(error)[:80]}", flush=True)
+        triton_kernel.BLOCKS.update(own)
 
 
 class Activation(nn.Module):
@@ -283,44 +288,60 @@ class Activation(nn.Module):
 
     is_transposed, has_gate = False, True
 
-    def act_fn(self, x: torch.Tensor) -> torch.Tensor:
-        return F.silu(x)
+    def __init__(self) -> None:
+        super().__init__()
+        self.act_fn = nn.SiLU()
 
 
 def whole_layer(options: argparse.Namespace) -> None:
-    """A layer through the runtime in a CUDA graph, beside the sum of its kernels."""
+    """A layer through the runtime, its router included, beside the sum of its kernels."""
+    for kernel_name, kernel in kernels_of(options.kernels).items():
+        made = [random_weights(storage("W3", *SHAPES[s])) for s in ("gate_up", "down")]
+        for weights in made:
+            kernel.prepare(weights)
+        layer = PackedExperts(0, Activation(), EXPERTS, *made)
+        layer.kernel = kernel
+        router = torch.randn(EXPERTS, 7168, device=DEVICE).to(BF16)
+        for tokens in options.tokens:
+            inputs = [torch.randn(tokens, 7168, device=DEVICE).to(BF16) for _ in range(8)]
+
+            def run(x: torch.Tensor, layer: Any = layer, router: Any = router) -> Any:
+                scores = F.linear(x, router).softmax(-1)
+                weights, ids = scores.topk(TOP_K)
+                return layer(x, ids, weights)
+
+            kernels = kernel_seconds(run, inputs)
+            seconds = timed([partial(run, x) for x in inputs])
+            print(
+                f"layer {kernel_name} W3 {tokens:>4} tokens: {seconds * 1e6:8.1f} us in a graph, "
+                f"kernels {sum(kernels.values()) * 1e6:8.1f} us "
+                f"({seconds / sum(kernels.values()):.3f})",
+                flush=True,
+            )
+            if tokens == 1:
+                for name, own in sorted(kernels.items(), key=lambda pair: -pair[1]):
+                    print(f"    {own * 1e6:6.1f} us  {name[:70]}")
+        del layer, made
+        torch.cuda.empty_cache()
+
+
+def kernel_seconds(
+    run: Callable[[torch.Tensor], Any], inputs: list[torch.Tensor]
+) -> dict[str, float]:
+    """Seconds in each kernel, of one run, by the profiler."""
     from torch.profiler import ProfilerActivity, profile
 
-    for kernel_name, kernel in kernels_of(options.kernels).items():
-        try:
-            made = [random_weights(storage("W3", *SHAPES[s])) for s in ("gate_up", "down")]
-            for weights in made:
-                kernel.prepare(weights)
-            layer = PackedExperts(0, Activation(), EXPERTS, *made)
-            layer.kernel = kernel
-            for t in options.tokens:
-                x = torch.randn(t, 7168, device=DEVICE).to(BF16)
-                ids = torch.rand(t, EXPERTS, device=DEVICE).topk(TOP_K).indices
-                w = torch.rand(t, TOP_K, device=DEVICE).to(BF16)
-
-                def run(layer: Any = layer, x: Any = x, ids: Any = ids, w: Any = w) -> Any:
-                    return layer(x, ids, w)
-
-                run()
-                with profile(activities=[ProfilerActivity.CUDA]) as seen:
-                    for _ in range(10):
-                        run()
-                    torch.cuda.synchronize()
-                total = sum(e.self_device_time_total for e in seen.key_averages()) / 10
-                seconds = timed(run)
-                print(
-                    f"layer {kernel_name} W3 {t:>4} tokens: {seconds * 1e6:8.1f} us in a graph, "
-                    f"kernels {total:8.1f} us ({seconds * 1e6 / total:.3f})",
-                    flush=True,
-                )
-        except Exception:
-            traceback.print_exc(limit=-4)
-        torch.cuda.empty_cache()
+    for x in inputs:
+        run(x)
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for x in inputs:
+            run(x)
+        torch.cuda.synchronize()
+    return {
+        e.key: e.self_device_time_total / len(inputs) / 1e6
+        for e in seen.key_averages()
+        if e.self_device_time_total
+    }
 
 
 def main() -> None:

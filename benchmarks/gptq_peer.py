@@ -12,7 +12,6 @@ its MSE observers. Printed: seconds, and  sum tr((W−Q) H (W−Q)ᵀ) / sum tr(
 from __future__ import annotations
 
 import argparse
-import math
 import platform
 import tempfile
 import time
@@ -24,6 +23,7 @@ from compressed_tensors.quantization import ActivationOrdering
 from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 from llmcompressor.observers import Observer
 
+from benchmarks.correlated import correlated
 from quant.gptq import energy, gptq
 from quant.rounding import round_to_nearest
 from quant.schemes import SCHEMES, Scheme, dequantize
@@ -31,28 +31,6 @@ from quant.schemes import SCHEMES, Scheme, dequantize
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 OBSERVERS = {"int": "memoryless_mse", "nvfp4": "nvfp4_expanded_mse"}
 SCHEME_NAMES = ("W3A16", "W4A16", "NVFP4")
-
-
-def correlated(
-    batch: int, rows: int, columns: int, tokens: int, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [B, N, K] and Hessians per token [B, K, K] of inputs mixed from K / 4 sources,
-    with noise, spread channel sizes and a few channels ten times as large."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    sources = columns // 4
-    weights, hessians = [], []
-    for _ in range(batch):
-        mixing = normal(sources, columns) * torch.rand(sources, 1, generator=generator).square()
-        inputs = normal(tokens, sources) @ mixing / math.sqrt(sources)
-        inputs = (inputs + 0.2 * normal(tokens, columns)) * torch.exp(0.5 * normal(columns))
-        inputs[:, torch.randperm(columns, generator=generator)[: columns // 80 + 1]] *= 10
-        weights.append(0.02 * normal(rows, columns) * torch.exp(0.3 * normal(rows, 1)))
-        hessians.append(inputs.T @ inputs / tokens)
-    return torch.stack(weights), torch.stack(hessians)
 
 
 def llmcompressor_scales(
@@ -73,6 +51,17 @@ def llmcompressor_gptq(
 ) -> torch.Tensor:
     """What llm-compressor's GPTQ with static activation order decodes to, scales in bfloat16."""
     scales = llmcompressor_scales(weight_BNK, scheme, observer)
+    return llmcompressor_rounding(weight_BNK, hessian_BKK, scheme, observer, scales)
+
+
+def llmcompressor_rounding(
+    weight_BNK: torch.Tensor,
+    hessian_BKK: torch.Tensor,
+    scheme: Scheme,
+    observer: str,
+    scales: list[dict[str, Any]],
+) -> torch.Tensor:
+    """The same, under the scales that its observer gave."""
     update = {"actorder": ActivationOrdering.STATIC, "observer": observer}
     divisors = [one["global_scale"] for one in scales]
     stored = torch.bfloat16 if scheme.kind == "int" else torch.float32

@@ -1,8 +1,12 @@
 """Peak resident memory while a packed checkpoint is loaded on a CPU.
 
 The bundled model, and a synthetic W3A16 checkpoint of 2 GB (24 layers of 64 experts, bfloat16
-embedding and head), each loaded in a process of its own. Counted is the growth of the peak over
+embedding and head), each loaded in processes of their own. Counted is the growth of the peak over
 what the process has after its imports; to be compared with the checkpoint plus one layer.
+
+transformers imports the model's code when it builds it, and modules and their tables take some
+memory whatever the weights. So the model is also built without its weights, in a process that then
+loads it: what the first costs is printed, and the growth over it.
 
     python benchmarks/load_memory.py [--folder DIR]
 
@@ -43,15 +47,24 @@ LOAD = """
 import sys
 from pathlib import Path
 import torch
+from models.opening import open_model
+from models.skeleton import Skeleton
 from runtime.load import load_model
 def peak():
     text = Path("/proc/self/status").read_text()
     return int(text.split("VmHWM:")[1].split()[0]) * 1024
+def start():
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins at what is resident now
+    return peak()
 torch.set_num_threads(1)
-Path("/proc/self/clear_refs").write_text("5")  # the peak begins at what is resident now
-before = peak()
+before = start()
+if sys.argv[2] == "built":
+    source = open_model(sys.argv[1]).source
+    built = Skeleton(source, dtype=torch.bfloat16, device=torch.device("cpu"), attention=None)
+first = peak() - before
+before = start()
 loaded = load_model(sys.argv[1])
-print(peak() - before, loaded.nbytes)
+print(peak() - before, first, loaded.nbytes)
 """
 
 
@@ -140,6 +153,14 @@ def largest_layer(path: Path) -> int:
     return max(sizes.values())
 
 
+def measured(path: Path, how: str) -> list[int]:
+    """What LOAD prints in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(path), how], capture_output=True, text=True, check=True
+    )
+    return [int(number) for number in done.stdout.split()]
+
+
 def main() -> None:
     """Print one row a checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -147,16 +168,16 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         for name, path in (("demo", DEMO), ("W3A16", write_synthetic(Path(temporary) / "w3"))):
-            done = subprocess.run(
-                [sys.executable, "-c", LOAD, str(path)], capture_output=True, text=True, check=True
-            )
-            peak, held = map(int, done.stdout.split())
+            peak, _, held = measured(path, "fresh")
+            above, built, _ = measured(path, "built")
             size = sum(info.nbytes for info in Checkpoint.open(path).tensors.values())
             layer = largest_layer(path)
             print(
-                f"{name}: checkpoint {size / 1e6:,.0f} MB, largest layer {layer / 1e6:,.1f} MB; "
-                f"held {held / 1e6:,.0f} MB, peak {peak / 1e6:,.0f} MB = "
-                f"{peak / (size + layer):.3f} of checkpoint plus layer"
+                f"{name}: checkpoint {size / 1e6:,.1f} MB, largest layer {layer / 1e6:,.1f} MB; "
+                f"held {held / 1e6:,.1f} MB, peak {peak / 1e6:,.1f} MB = "
+                f"{peak / (size + layer):.3f} of checkpoint plus layer; built without weights "
+                f"{built / 1e6:,.1f} MB, growth over that {above / 1e6:,.1f} MB = "
+                f"{above / (held + layer):.3f} of what is held plus layer"
             )
 
 

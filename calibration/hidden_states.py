@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,7 +44,10 @@ def digest(carry: Carry) -> str:
 
 
 class HiddenStates:
-    """Carries by (layer, batch). `budget` bounds the bytes held in RAM; the rest is spilled."""
+    """Carries by (layer, batch). `budget` bounds the bytes held in RAM; the rest is spilled.
+
+    One thread may put while another takes.
+    """
 
     def __init__(self, folder: Path, budget: int | None) -> None:
         self.folder, self.budget = folder, budget
@@ -51,6 +55,7 @@ class HiddenStates:
         self.held_bytes = 0
         self.spilled_bytes = 0
         self.digests: dict[tuple[int, int], str] = {}  # of the files
+        self._lock = threading.Lock()  # of what is held
 
     def _path(self, layer: int, batch: int) -> Path:
         return self.folder / f"layer_{layer:05d}" / f"batch_{batch:05d}.safetensors"
@@ -59,19 +64,24 @@ class HiddenStates:
         """Store what enters `layer` for `batch` (moved to the CPU)."""
         kept = {name: tensor.detach().to("cpu").contiguous() for name, tensor in carry.items()}
         size = num_bytes(kept)
-        if self.budget is None or self.held_bytes + size <= self.budget:
-            self.held[layer, batch] = kept
-            self.held_bytes += size
-        else:
+        with self._lock:
+            fits = self.budget is None or self.held_bytes + size <= self.budget
+            if fits:
+                self.held[layer, batch] = kept
+                self.held_bytes += size
+        if not fits:
             self._write(layer, batch, kept)
             self.spilled_bytes += size
 
-    def take(self, layer: int, batch: int) -> Carry:
-        """What enters `layer` for `batch`; a carry held in RAM is given up."""
-        carry = self.held.pop((layer, batch), None)
-        if carry is not None:
-            self.held_bytes -= num_bytes(carry)
-            return carry
+    def take(self, layer: int, batch: int, *, keep: bool = False) -> Carry:
+        """What enters `layer` for `batch`; a carry held in RAM is given up unless `keep`."""
+        with self._lock:
+            carry = self.held.get((layer, batch))
+            if carry is not None:
+                if not keep:
+                    del self.held[layer, batch]
+                    self.held_bytes -= num_bytes(carry)
+                return carry
         path = self._path(layer, batch)
         if not path.exists():
             raise InputError(
@@ -92,11 +102,6 @@ class HiddenStates:
     def expect(self, layer: int, digests: Sequence[str]) -> None:
         """What `snapshot` returned for the files entering `layer`, from an earlier run."""
         self.digests.update({(layer, batch): value for batch, value in enumerate(digests)})
-
-    def put_back(self, layer: int, batch: int, carry: Carry) -> None:
-        """Keep a taken carry for another pass; one that came from disk is still there."""
-        if not self._path(layer, batch).exists():
-            self.put(layer, batch, carry)
 
     def _write(self, layer: int, batch: int, carry: Carry) -> None:
         path = self._path(layer, batch)

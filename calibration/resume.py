@@ -45,11 +45,7 @@ def walk_layers(
         walk.run(layer, observe, *finisher(layer))
         after(layer)
         walk.hidden_states.forget_from_ram(layer)
-        if clock.due() or layer == walk.num_layers - 1:
-            began = time.monotonic()
-            journal.record(f"{name} {layer}", hidden=walk.hidden_states.snapshot(layer + 1))
-            walk.hidden_states.forget_before(layer + 1)
-            clock.took(time.monotonic() - began)
+        keep_place(walk, journal, f"{name} {layer}", layer, clock)
         progress(
             Step(
                 job=name,
@@ -59,6 +55,26 @@ def walk_layers(
                 note=f"layer {layer}",
             )
         )
+
+
+def keep_place(
+    walk: LayerWalk,
+    journal: Journal,
+    unit: str,
+    layer: int,
+    clock: SnapshotClock,
+    settle: Callable[[], None] = lambda: None,
+) -> None:
+    """Make `layer` one that a later run goes on behind, when `clock` says so or it is the last.
+
+    `settle` returns when what belongs to the layers up to it is on the disk.
+    """
+    if walk.processes.from_first(clock.due) or layer == walk.num_layers - 1:
+        settle()
+        began = time.monotonic()
+        journal.record(unit, hidden=walk.snapshot(layer + 1))
+        walk.forget_before(layer + 1)
+        clock.took(time.monotonic() - began)
 
 
 def begin_at(walk: LayerWalk, journal: Journal, name: str) -> int:

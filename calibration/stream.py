@@ -17,12 +17,14 @@ from collections.abc import Callable
 
 import torch
 
-from calibration.batches import Batch, cut, make_batch
+from calibration.batches import PADDING, Batch, cut, make_batch
+from calibration.carries import carries_of
 from calibration.hidden_states import HiddenStates
 from calibration.packing import check_packable, cut_packed, pack_batch
 from calibration.tokens import TokenSet
 from models.errors import InputError
 from models.experts import RoutedBatch
+from models.processes import ALONE, Processes
 from models.skeleton import Carry, Skeleton
 
 BatchObserver = Callable[[RoutedBatch, Batch], None]
@@ -33,7 +35,8 @@ class LayerWalk:
     """Every batch of `tokens` through `skeleton`, layer by layer.
 
     `hidden_states` holds what is between layers. Layer numbers are the checkpoint's. `pack` puts
-    samples into rows without padding (packing.py); InputError for a model that cannot.
+    samples into rows without padding (packing.py); InputError for a model that cannot. Of several
+    `processes` each runs the batches of `own`: one of every round of as many batches as processes.
     """
 
     def __init__(
@@ -44,12 +47,16 @@ class LayerWalk:
         batch_tokens: int,
         *,
         pack: bool = False,
+        processes: Processes = ALONE,
     ) -> None:
         if pack:
             check_packable(skeleton.spec)
         self.pack = pack
         self.skeleton, self.tokens, self.hidden_states = skeleton, tokens, hidden_states
+        self.carries = carries_of(hidden_states, skeleton.device)
         self.cuts = (cut_packed if pack else cut)(tokens, batch_tokens)
+        self.processes = processes
+        self.own = range(processes.rank, len(self.cuts), processes.size)
         self.num_layers = len(skeleton.layers)
         self.num_tokens = sum(tokens.lengths())
 
@@ -62,19 +69,26 @@ class LayerWalk:
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Ids, mask and positions, as `Skeleton` takes them."""
         device = self.skeleton.device
+
+        def sent(tensor: torch.Tensor) -> torch.Tensor:
+            if device.type == "cuda":  # from pageable memory it would wait for the batch before
+                tensor = tensor.pin_memory()
+            return tensor.to(device, non_blocking=True)
+
         mask, positions = batch.attention_mask, batch.position_ids
         return (
-            batch.input_ids.to(device),
-            None if mask is None else mask.to(device),
-            None if positions is None else positions.to(device),
+            sent(batch.input_ids),
+            None if mask is None else sent(mask),
+            None if positions is None else sent(positions),
         )
 
     def embed(self) -> None:
         """Token ids of every batch -> what enters layer 0."""
         self.skeleton.load_embedding()
-        for number in range(len(self.cuts)):
+        for number in self.own:
             inputs = self._on_device(self.batch(number))
-            self.hidden_states.put(0, number, self.skeleton.embed(*inputs))
+            self.carries.put(0, number, self.skeleton.embed(*inputs))
+        self.carries.settle()
         self.skeleton.unload_embedding()
 
     def run(
@@ -114,42 +128,63 @@ class LayerWalk:
         keep_output: bool,
         last_pass: bool = False,
         left: CarryObserver | None = None,
+        after_round: Callable[[], None] | None = None,
     ) -> None:
         """Every batch through the loaded layer. `current` holds the batch that is running.
 
         `keep_output` stores what enters the next layer; without `last_pass` what entered this
-        one stays for another pass.
+        one stays for another pass. `after_round` is called equally often in all processes.
         """
-        for number in range(len(self.cuts)):
+        finite: list[torch.Tensor] = []
+        entering = self.carries.entering(layer, self.own, keep=not last_pass)
+        for number, carry in zip(self.own, entering, strict=True):
             batch = self.batch(number)
             current[:] = [batch]
-            entering = self.hidden_states.take(layer, number)
-            leaving = self.through(layer, batch, entering)
+            leaving = self.through(layer, batch, carry)
+            finite.append(tokens_are_finite(batch, leaving["hidden_states"]))
+            if not finite[-1].is_cuda:  # asking a GPU would wait for it
+                check_finite(layer, finite)
             if left is not None:
                 left(batch, leaving)
-            if not last_pass:
-                self.hidden_states.put_back(layer, number, entering)
             if keep_output:
-                self.hidden_states.put(layer + 1, number, leaving)
+                self.carries.put(layer + 1, number, leaving)
+            if after_round is not None:
+                after_round()
+        if after_round is not None and len(self.own) * self.processes.size < len(self.cuts):
+            after_round()  # the last round had no batch for this process
+        check_finite(layer, finite)
+        self.carries.settle()
 
-    def through(self, layer: int, batch: Batch, entering: Carry) -> Carry:
-        """What leaves the loaded layer for `entering`. InputError when it is not finite."""
+    def through(self, layer: int, batch: Batch, carry: Carry) -> Carry:
+        """What leaves the loaded layer for `carry`, which entered it on the device."""
         call = self.skeleton.call(layer, *self._on_device(batch))
-        carry = {name: tensor.to(self.skeleton.device) for name, tensor in entering.items()}
-        leaving = self.skeleton.run_layer(layer, call, carry)
-        self._check(layer, batch, leaving["hidden_states"])
-        return leaving
+        return self.skeleton.run_layer(layer, call, carry)
 
-    def _check(self, layer: int, batch: Batch, hidden: torch.Tensor) -> None:
-        """Padding rows may hold anything; tokens must be finite."""
-        if torch.isfinite(hidden.sum(dtype=torch.float32)):
-            return
-        rows = hidden.reshape(len(batch.domain_T), -1)[(batch.domain_T != 255).to(hidden.device)]
-        if not torch.isfinite(rows).all():
-            raise InputError(
-                f"hidden states are not finite after layer {layer} although its weights are; "
-                "run with --dtype float32"
-            )
+    def snapshot(self, layer: int) -> list[str]:
+        """Write what enters `layer` to disk; the digest of each batch's file, in all processes."""
+        return self.processes.gather_dealt(self.hidden_states.snapshot(layer))
+
+    def forget_before(self, layer: int) -> None:
+        """Delete what entered the layers before `layer`; every process is past them."""
+        if self.processes.is_first:
+            self.hidden_states.forget_before(layer)
+
+
+def tokens_are_finite(batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+    """Whether every token's row is finite, where `hidden` is; padding rows may hold anything."""
+    rows = hidden.reshape(len(batch.domain_T), -1)
+    largest_T = torch.linalg.vector_norm(rows, torch.inf, dim=-1)
+    padding_T = (batch.domain_T == PADDING).to(hidden.device, non_blocking=True)
+    return (torch.isfinite(largest_T) | padding_T).all()
+
+
+def check_finite(layer: int, finite: list[torch.Tensor]) -> None:
+    """InputError unless `tokens_are_finite` said so of all batches."""
+    if finite and not torch.stack(finite).all():
+        raise InputError(
+            f"hidden states are not finite after layer {layer} although its weights are; "
+            "run with --dtype float32"
+        )
 
 
 class SnapshotClock:

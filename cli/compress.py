@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -31,6 +32,7 @@ from models.errors import InputError
 if TYPE_CHECKING:
     from calibration.tokens import TokenSet
     from models.opening import OpenModel
+    from models.processes import Processes
     from quant.quantize import QuantizeSettings
     from reap.ahead import PruneAhead
     from reap.quotas import GroupMode
@@ -86,7 +88,13 @@ def compress(
     The kept experts and the bytes are those of score, prune and quantize run one after another
     on the same tokens. MTP layers are dropped.
     """
-    with stdout_kept(), shown(quiet) as progress:
+    from models.processes import joined
+
+    with (
+        stdout_kept(),
+        joined(device) as processes,
+        shown(quiet or not processes.is_first) as progress,
+    ):
         from models.checkpoint import load_config
         from models.families import spec_of
         from models.opening import open_model
@@ -116,21 +124,23 @@ def compress(
         opened = open_model(model)
         pruned = still_unpruned(opened, keep, criterion, groups)
         menu = checked_menu(pruned, asked, settings) if isinstance(asked, Budget) else None
-        used = token_set(
-            model,
-            tokens=tokens,
-            mix=mix,
-            samples=samples,
-            max_length=max_length,
-            seed=seed,
-            progress=progress,
+        used = processes.from_first(
+            lambda: token_set(
+                model,
+                tokens=tokens,
+                mix=mix,
+                samples=samples,
+                max_length=max_length,
+                seed=seed,
+                progress=progress,
+            )
         )
         inputs = token_facts(used)
-        ahead = prune_ahead(opened, pruned, used, settings)
+        ahead = prune_ahead(opened, pruned, used, settings, processes)
         if isinstance(asked, Budget):
             assert menu is not None
-            chosen, inputs["budget"] = budget_recipe(
-                asked, menu, opened, used, out, settings, force, progress
+            chosen, inputs["budget"] = processes.from_first(
+                partial(budget_recipe, asked, menu, opened, used, out, settings, force, progress)
             )
         else:
             chosen = asked
@@ -144,7 +154,11 @@ def compress(
             ahead=ahead,
             force=force,
             progress=progress,
+            processes=processes,
         )
+    if not processes.is_first:
+        return
+    with stdout_kept(), shown(quiet) as progress:
         report = verify_checkpoint(out, progress=progress)
         facts = {"out": str(out), "keep": keep, **summary(manifest), "verified": report.ok}
         if "budget" in inputs:
@@ -171,7 +185,11 @@ def still_unpruned(opened: OpenModel, keep: int, criterion: str, groups: GroupMo
 
 
 def prune_ahead(
-    opened: OpenModel, pruned: OpenModel, tokens: TokenSet, settings: QuantizeSettings
+    opened: OpenModel,
+    pruned: OpenModel,
+    tokens: TokenSet,
+    settings: QuantizeSettings,
+    processes: Processes,
 ) -> PruneAhead:
     """The work that goes before each layer; it fills `pruned` (of `still_unpruned`)."""
     from calibration.batches import BATCH_TOKENS
@@ -195,4 +213,5 @@ def prune_ahead(
         dtype=compute_dtype(opened.spec, settings.dtype),
         memory=settings.memory,
         batch_tokens=settings.batch_tokens or BATCH_TOKENS[device.type],
+        processes=processes,
     )

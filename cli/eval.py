@@ -123,29 +123,40 @@ def evaluate(
     predicted; kl is KL(reference || CKPT) in nats a token. Tasks are asked of CKPT, loaded as it is
     packed, or of --endpoint; code that models write runs in a sandbox that is a guard, not a jail.
     """
-    given = sum(one is not None for one in (tokens, text, mix))
-    if given > 1 or (given == 0 and tasks is None):
-        raise InputError(
-            "give what to evaluate on once: --tokens FILE, --text FILE or --mix MIX; or --tasks"
+    from models.processes import joined
+
+    with (
+        stdout_kept(),
+        joined(device) as processes,
+        shown(quiet or not processes.is_first) as progress,
+    ):
+        given = sum(one is not None for one in (tokens, text, mix))
+        if given > 1 or (given == 0 and tasks is None):
+            raise InputError(
+                "give what to evaluate on once: --tokens FILE, --text FILE or --mix MIX; or --tasks"
+            )
+        if tasks is not None and out is None:
+            raise InputError("--tasks needs -o DIR, where items and results are kept")
+        if by_layer and (not given or reference is None or out is None):
+            raise InputError("--by-layer needs tokens, --reference MODEL and -o DIR")
+        names = [] if tasks is None else task_names(tasks)
+        options = TaskOptions(
+            endpoint=endpoint,
+            model=endpoint_model,
+            data=dict(pair.partition("=")[::2] for pair in task_data),
+            limit=limit,
+            completions=completions,
+            max_tokens=max_tokens,
+            workers=workers,
+            seed=seed,
         )
-    if tasks is not None and out is None:
-        raise InputError("--tasks needs -o DIR, where items and results are kept")
-    if by_layer and (not given or reference is None or out is None):
-        raise InputError("--by-layer needs tokens, --reference MODEL and -o DIR")
-    names = [] if tasks is None else task_names(tasks)
-    options = TaskOptions(
-        endpoint=endpoint,
-        model=endpoint_model,
-        data=dict(pair.partition("=")[::2] for pair in task_data),
-        limit=limit,
-        completions=completions,
-        max_tokens=max_tokens,
-        workers=workers,
-        seed=seed,
-    )
-    if text is not None and not text.is_file():
-        raise InputError(f"--text: there is no file {text}; check the path")
-    with stdout_kept(), shown(quiet) as progress:
+        if text is not None and not text.is_file():
+            raise InputError(f"--text: there is no file {text}; check the path")
+        if processes.size > 1 and (names or by_layer or out is None):
+            raise InputError(
+                "several processes share the evaluation on tokens alone: give -o DIR, and run "
+                "--tasks and --by-layer without a launcher"
+            )
         from evals.fidelity import EvalSettings
         from evals.fidelity import evaluate as evaluate_fidelity
 
@@ -154,18 +165,29 @@ def evaluate(
         )
         result: dict[str, Any] = {}
         if given:
-            used = token_set(
-                ckpt,
-                tokens=tokens,
-                mix=str(text) if text is not None else mix,
-                samples=samples,
-                max_length=max_length,
-                seed=seed,
-                progress=progress,
+            used = processes.from_first(
+                lambda: token_set(
+                    ckpt,
+                    tokens=tokens,
+                    mix=str(text) if text is not None else mix,
+                    samples=samples,
+                    max_length=max_length,
+                    seed=seed,
+                    progress=progress,
+                )
             )
             result = evaluate_fidelity(
-                ckpt, used, settings, reference=reference, out=out, force=force, progress=progress
+                ckpt,
+                used,
+                settings,
+                reference=reference,
+                out=out,
+                force=force,
+                progress=progress,
+                processes=processes,
             )
+        if not processes.is_first:
+            return
         text_lines = lines(result) if given else []
         if by_layer:
             from evals.by_layer import damage_by_layer

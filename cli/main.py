@@ -6,6 +6,9 @@
     130  interrupted                    one line: how to resume
     1    anything else                  one line; THRESHER_DEBUG=1 adds the traceback
 
+Of several processes (torchrun) that fail, one prints its line: the first to fail, or, where all
+refuse their common command line, the first by number.
+
 Commands parse, call and print; they hold no arithmetic. Everything heavy is imported inside the
 function that needs it, so that `--help` answers at once.
 """
@@ -36,7 +39,8 @@ from cli.score import score
 from cli.serve import serve
 from cli.tokens import tokens
 from cli.verify import verify
-from models.errors import InputError, VerificationError
+from models.errors import AnotherProcessFailed, InputError, VerificationError
+from models.launch import keep_one_gpu, launched
 
 # What the operating system says when the user's disk, rights or paths are the trouble.
 USER_ERRNO = {
@@ -50,18 +54,26 @@ USER_ERRNO = {
     errno.ENOTDIR: "a part of the path is a file",
 }
 
+SHARED = ("score", "quantize", "compress", "eval")  # commands that several processes can share
+
 
 @click.group(
     no_args_is_help=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(package_name="thresher", prog_name="thresher")
-def thresher() -> None:
+@click.pass_context
+def thresher(context: click.Context) -> None:
     """Score, prune and judge huge Mixture-of-Experts models with one layer in memory.
 
     MODEL and CKPT are a directory with config.json and *.safetensors, or a hub id. Results go to
     stdout, progress and logs to stderr. Long jobs resume: run the same command again.
     """
+    if launched()[1] > 1 and context.invoked_subcommand not in SHARED:
+        raise click.UsageError(
+            f"{context.invoked_subcommand} works in one process; start it without a launcher "
+            f"(several can share {', '.join(SHARED)})"
+        )
 
 
 COMMANDS = (
@@ -81,11 +93,15 @@ def run(arguments: Sequence[str]) -> int:
     except click.exceptions.Exit as ended:  # --help, --version
         return ended.exit_code
     except click.ClickException as wrong:
-        return say(usage(wrong), 2)
+        return say(usage(wrong), 2) if launched()[0] == 0 else 2
     except InputError as wrong:
         return say(f"error: {one_line(wrong)}", 2)
     except VerificationError as failed:
         return say(f"error: {one_line(failed)}", 3)
+    except AnotherProcessFailed as lost:
+        if os.environ.get("THRESHER_DEBUG"):
+            traceback.print_exception(lost)
+        return say(f"error: {one_line(lost)}", 1) if str(lost) else 1
     except (KeyboardInterrupt, click.Abort):
         again = shlex.join(["thresher", *arguments])
         return say(f"interrupted; to continue, run the same command again: {again}", 130)
@@ -143,9 +159,11 @@ def prepare_environment() -> None:
     shapes, and every expert of every batch is a shape of its own. That was 270 MB more after six
     layers (benchmarks/memory.py), with no gain in time.
     """
+    keep_one_gpu(os.environ)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -92,7 +93,13 @@ def quantize(
     Run again with the same arguments after an interruption, it continues and ends with the same
     bytes. Formats FP8_BLOCK, FP8_DYNAMIC and NVFP4A16 by rtn need no tokens.
     """
-    with stdout_kept(), shown(quiet) as progress:
+    from models.processes import joined
+
+    with (
+        stdout_kept(),
+        joined(device) as processes,
+        shown(quiet or not processes.is_first) as progress,
+    ):
         from models.opening import open_model
         from quant.quantize import QuantizeSettings
         from quant.quantize import quantize as quantize_model
@@ -106,6 +113,8 @@ def quantize(
         whole = method == "awq" or method == "autoround"
         if whole and (layout != "compressed-tensors" or propagate != "compressed" or budgeted):
             raise InputError(f"--method {method} takes neither --format, --propagate nor --budget")
+        if whole and processes.size > 1:
+            raise InputError(f"--method {method} works in one process; start it alone")
         if dry_run and not budgeted:
             raise InputError("--dry-run shows what --budget chooses; give --budget SIZE")
         opened = open_model(model)
@@ -121,21 +130,23 @@ def quantize(
         menu = checked_menu(opened, asked, settings) if isinstance(asked, Budget) else None
         used = None
         if tokens is not None or mix is not None:
-            used = token_set(
-                model,
-                tokens=tokens,
-                mix=mix,
-                samples=samples,
-                max_length=max_length,
-                seed=seed,
-                progress=progress,
+            used = processes.from_first(
+                lambda: token_set(
+                    model,
+                    tokens=tokens,
+                    mix=mix,
+                    samples=samples,
+                    max_length=max_length,
+                    seed=seed,
+                    progress=progress,
+                )
             )
         inputs = {} if used is None else token_facts(used)
         facts: dict[str, Any] = {"out": str(out)}
         if isinstance(asked, Budget):
             assert menu is not None
-            chosen, facts["budget"] = budget_recipe(
-                asked, menu, opened, used, out, settings, force, progress
+            chosen, facts["budget"] = processes.from_first(
+                partial(budget_recipe, asked, menu, opened, used, out, settings, force, progress)
             )
             inputs["budget"] = facts["budget"]
         else:
@@ -154,8 +165,12 @@ def quantize(
                 inputs=inputs,
                 force=force,
                 progress=progress,
+                processes=processes,
             )
-        if not dry_run:
+    if not processes.is_first:
+        return
+    if not dry_run:
+        with stdout_kept(), shown(quiet) as progress:
             # AWQ moves factors between norms and matrices: no tensor is to be the source's
             source = None if method == "awq" else model
             report = verify_checkpoint(out, source, progress=progress)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from runtime.load import Loaded
     from runtime.sampling import Sampling
 
-BACKENDS = ("auto", "humming", "triton", "torch")
+BACKENDS = ("auto", "humming", "triton", "int4", "torch")
 
 run_options = together(
     click.option("--device", type=Device(), default="auto", show_default=True,

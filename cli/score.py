@@ -70,19 +70,27 @@ def score(
     Run again with the same arguments after an interruption, it continues and ends with the same
     bytes. With --mix the token set is kept in the output folder as tokens.safetensors.
     """
-    with stdout_kept(), shown(quiet) as progress:
+    from models.processes import joined
+
+    with (
+        stdout_kept(),
+        joined(device) as processes,
+        shown(quiet or not processes.is_first) as progress,
+    ):
         from reap.damage import SAMPLED_TOKENS
         from reap.score import ScoreSettings
         from reap.score import score as score_experts
 
-        used = token_set(
-            model,
-            tokens=tokens,
-            mix=mix,
-            samples=samples,
-            max_length=max_length,
-            seed=seed,
-            progress=progress,
+        used = processes.from_first(
+            lambda: token_set(
+                model,
+                tokens=tokens,
+                mix=mix,
+                samples=samples,
+                max_length=max_length,
+                seed=seed,
+                progress=progress,
+            )
         )
         settings = ScoreSettings(
             device=device,
@@ -92,7 +100,11 @@ def score(
             pack=pack,
             damage_tokens=SAMPLED_TOKENS if damage else 0,
         )
-        stats = score_experts(model, used, out, settings, force=force, progress=progress)
+        stats = score_experts(
+            model, used, out, settings, force=force, progress=progress, processes=processes
+        )
+        if not processes.is_first:
+            return
         if mix is not None and not (out / TOKENS_FILE).exists():
             used.save(out / TOKENS_FILE)
         facts = {"out": str(out), **summary(stats)}

@@ -114,7 +114,6 @@ def run_whole(whole: LayerWalk, progress: Progress) -> None:
 def fork(trunk: LayerWalk, branch: LayerWalk, layer: int) -> None:
     """Copy what enters `layer` to the branch."""
     for number in range(len(trunk.cuts)):
-        carry = trunk.hidden_states.take(layer, number)
-        trunk.hidden_states.put_back(layer, number, carry)
+        carry = trunk.hidden_states.take(layer, number, keep=True)
         copy = {name: tensor.clone() for name, tensor in carry.items()}
         branch.hidden_states.put(layer, number, copy)

@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,12 @@ from calibration.stream import LayerWalk
 from calibration.tokens import TokenSet
 from evals.tally import Tally
 from models.errors import InputError
-from models.journal import Journal, json_bytes
+from models.journal import json_bytes
 from models.manifest import versions, write_manifest
 from models.opening import OpenModel, compute_device, compute_dtype, open_model
+from models.processes import ALONE, Processes
 from models.progress import Progress, Step, silent
+from models.shared_journal import open_journal
 from models.skeleton import Carry, Skeleton
 from models.writer import write_file
 
@@ -66,16 +69,19 @@ def evaluate(
     first: Sequence[int] | None = None,
     force: bool = False,
     progress: Progress = silent,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Perplexity of `model` on `tokens` and, with `reference`, KL and top-1 agreement to it.
 
     With `out` the job keeps its state there, can be resumed, and leaves evaluation.json and
-    samples.jsonl. `first`: of each sample, the place of the first token that is predicted (1).
+    samples.jsonl; several `processes`, which share the batches, need it. `first`: of each sample,
+    the place of the first token that is predicted (1).
     Raises InputError for models or tokens that do not fit, or when no token is predicted.
     """
     return evaluate_all(
         {ONLY: model}, tokens, settings,
         reference=reference, out=out, first=first, force=force, progress=progress,
+        processes=processes,
     )[ONLY]  # fmt: skip
 
 
@@ -90,6 +96,7 @@ def evaluate_all(
     first: Sequence[int] | None = None,
     force: bool = False,
     progress: Progress = silent,
+    processes: Processes = ALONE,
 ) -> dict[str, dict[str, Any]]:
     """`evaluate` of several models by name; the reference is walked once for all of them.
 
@@ -99,6 +106,7 @@ def evaluate_all(
     """
     started = time.monotonic()
     assert REFERENCE not in models
+    assert out is not None or processes.size == 1
     opened = {
         name: model if isinstance(model, OpenModel) else open_model(model)
         for name, model in models.items()
@@ -123,7 +131,7 @@ def evaluate_all(
     results: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory("thresher-eval")))
-        journal = stack.enter_context(Journal.open(folder, job, force=force))
+        journal = stack.enter_context(open_journal(folder, job, force, processes))
         if journal.complete:
             stored = json.loads((folder / RESULT_FILE).read_text())
             return {name: stored if list(models) == [ONLY] else stored[name] for name in models}
@@ -135,7 +143,7 @@ def evaluate_all(
                 continue
             states = HiddenStates(journal.folder / f"hidden-{name}", budget)
             skeleton = Skeleton(one.source, dtype=dtypes[name], device=device)
-            walk = LayerWalk(skeleton, tokens, states, batch_tokens)
+            walk = LayerWalk(skeleton, tokens, states, batch_tokens, processes=processes)
             walk_layers(
                 walk,
                 journal,
@@ -148,18 +156,23 @@ def evaluate_all(
                 against = walk
                 continue
             tally = compare(walk, against, progress, first)
-            write_file(journal, samples_file(name), tally.samples(reference is not None))
+            lines = tally.samples(reference is not None)
+            processes.from_first(partial(write_file, journal, samples_file(name), lines))
             results[name] = tally.result(reference is not None)
             journal.record(f"result {name}", result=results[name])
-            states.forget_before(walk.num_layers + 1)
+            walk.forget_before(walk.num_layers + 1)
         whole = results[ONLY] if list(models) == [ONLY] else results
-        write_file(journal, RESULT_FILE, json_bytes(whole))
         facts = {
             name: {"path": str(one.checkpoint.root.resolve()), "digest": one.checkpoint.digest()}
             for name, one in opened.items()
         }
         about = {"mix": tokens.mix, "seed": tokens.seed, "by_domain": tokens.counts()}
-        write_manifest(journal, started, {"models": facts, "tokens": about})
+
+        def write() -> None:
+            write_file(journal, RESULT_FILE, json_bytes(whole))
+            write_manifest(journal, started, {"models": facts, "tokens": about})
+
+        processes.from_first(write)
     return results
 
 
@@ -203,11 +216,12 @@ def compare(
     walks = [walk] if reference is None else [walk, reference]
     for one in walks:
         one.skeleton.load_head()
-    for number in range(len(walk.cuts)):
+    for number in walk.own:
+        tally.begin_batch()
         batch = walk.batch(number)
-        carries = [one.hidden_states.take(one.num_layers, number) for one in walks]
-        if reference is not None:  # another model may be compared with it
-            reference.hidden_states.put_back(reference.num_layers, number, carries[1])
+        carries = [  # another model may be compared with the reference
+            one.hidden_states.take(one.num_layers, number, keep=one is reference) for one in walks
+        ]
         width = batch.input_ids.shape[1]
         sample_B = torch.tensor(batch.samples)
         begin = None if first is None else [first[sample] for sample in batch.samples]
@@ -228,6 +242,7 @@ def compare(
         progress(Step(job="heads", done=number + 1, total=len(walk.cuts), unit="batches"))
     for one in walks:
         one.skeleton.unload_head()
+    tally.gather(walk.processes)
     return tally
 
 

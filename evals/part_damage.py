@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,8 +33,8 @@ import torch
 
 from calibration.batches import BATCH_TOKENS
 from calibration.hidden_states import HiddenStates
-from calibration.resume import begin_at
-from calibration.stream import LayerWalk, SnapshotClock
+from calibration.resume import begin_at, keep_place
+from calibration.stream import LayerWalk, SnapshotClock, check_finite, tokens_are_finite
 from calibration.tokens import TokenSet
 from evals.fidelity import EvalSettings, check_fit, logits_at, predicted
 from models.errors import InputError
@@ -47,9 +47,9 @@ from models.skeleton import Skeleton
 from models.writer import write_file
 from quant.budget import Menu, Part
 from quant.layer import LayerRounder, LayerRounding
-from quant.quantize import loaded_modules, put_in_place
 from quant.recipes import uniform
 from quant.schemes import Scheme
+from quant.walked_layer import loaded_modules, put_in_place
 
 DAMAGE_TOKENS = 4096
 RESULT_FILE = "damage.json"
@@ -159,58 +159,60 @@ def run_branches(
 ) -> None:
     """Trunk and branches through all layers. Lane 0 is the trunk, lane i the branch i - 1; the
     carries of lane i are at the batch numbers i * len(cuts) + ..."""
-    skeleton, states = walk.skeleton, walk.hidden_states
+    skeleton = walk.skeleton
     clock = SnapshotClock()
     start = begin_at(walk, journal, NAME)
     alive = 1 + sum(branch.part.layer < start for branch in branches)
     for layer in range(start, walk.num_layers):
         skeleton.load_layer(layer)
         skeleton.prefetch_layer(layer + 1)
-        pass_lanes(walk, layer, range(alive))
+        pass_lanes(walk, layer, range(1, alive))
+        pass_lanes(walk, layer, [0], keep=True)
         for part in (part for part in menu.measured if part.layer == layer):
             skeleton.load_layer(layer)  # as it is, after another part was rounded
             check_replaceable(menu, part, skeleton)
             for scheme in menu.schemes:
                 round_in_place(menu, part, scheme, skeleton)
-                pass_lanes(walk, layer, [0], into=alive)
+                pass_lanes(walk, layer, [0], into=alive, keep=True)
                 alive += 1
         skeleton.unload_layer(layer)
         release_freed_memory()
-        states.forget_from_ram(layer)
-        if clock.due() or layer == walk.num_layers - 1:
-            began = time.monotonic()
-            journal.record(f"{NAME} {layer}", hidden=states.snapshot(layer + 1))
-            states.forget_before(layer + 1)
-            clock.took(time.monotonic() - began)
+        walk.hidden_states.forget_from_ram(layer)
+        keep_place(walk, journal, f"{NAME} {layer}", layer, clock)
         progress(Step(job=NAME, done=layer + 1, total=walk.num_layers, note=f"layer {layer}"))
 
 
 def pass_lanes(
-    walk: LayerWalk, layer: int, lanes: Sequence[int], *, into: int | None = None
+    walk: LayerWalk,
+    layer: int,
+    lanes: Sequence[int],
+    *,
+    into: int | None = None,
+    keep: bool = False,
 ) -> None:
     """Every batch of these lanes through the loaded layer; `into` is a new lane for the result.
 
-    What entered the layer stays for the trunk, which new branches leave from.
+    `keep` leaves what entered the layer, for new branches.
     """
-    states, count = walk.hidden_states, len(walk.cuts)
-    for number in range(count):
+    count = len(walk.cuts)
+    places = [(lane, number) for lane in lanes for number in range(count)]
+    entering = walk.carries.entering(
+        layer, [lane * count + number for lane, number in places], keep=keep
+    )
+    for (lane, number), carry in zip(places, entering, strict=True):
         batch = walk.batch(number)
-        for lane in lanes:
-            place = lane * count + number
-            entering = states.take(layer, place)
-            goal = place if into is None else into * count + number
-            states.put(layer + 1, goal, walk.through(layer, batch, entering))
-            if lane == 0:
-                states.put_back(layer, place, entering)
+        leaving = walk.through(layer, batch, carry)
+        check_finite(layer, [tokens_are_finite(batch, leaving["hidden_states"])])
+        walk.carries.put(layer + 1, (lane if into is None else into) * count + number, leaving)
+    walk.carries.settle()
 
 
 def check_replaceable(menu: Menu, part: Part, skeleton: Skeleton) -> None:
     """InputError where transformers keeps a part's matrices in another form: rounding them could
     not be seen."""
-    linears = menu.parts[part]
-    schemes = {linear.module: menu.schemes[0] for linear in linears}
-    replaced = loaded_modules(schemes, skeleton, part.layer, linears)
-    for linear in linears:
+    rounder = rounder_of(menu, part, menu.schemes[0], skeleton)
+    replaced = loaded_modules(rounder, skeleton, part.layer, menu.parts[part])
+    for linear in menu.parts[part]:
         if not linear.is_expert and linear.module not in replaced:
             raise InputError(
                 f"{linear.logical} is joined with others when {skeleton.spec.architecture.title} "
@@ -218,17 +220,30 @@ def check_replaceable(menu: Menu, part: Part, skeleton: Skeleton) -> None:
             )
 
 
-def round_in_place(menu: Menu, part: Part, scheme: Scheme, skeleton: Skeleton) -> None:
-    """The part's matrices rounded to nearest, in the loaded layer."""
-    linears = menu.parts[part]
-    schemes: Mapping[str, Scheme | None] = {linear.module: scheme for linear in linears}
-    rounder = LayerRounder(
-        skeleton.source, schemes, damping={}, scale_dtype=skeleton.dtype, device=skeleton.device
+def rounder_of(menu: Menu, part: Part, scheme: Scheme, skeleton: Skeleton) -> LayerRounder:
+    """Rounds a part's matrices to nearest."""
+    return LayerRounder(
+        skeleton.source,
+        {linear.module: scheme for linear in menu.parts[part]},
+        damping={},
+        scale_dtype=skeleton.dtype,
+        device=skeleton.device,
     )
+
+
+def round_in_place(menu: Menu, part: Part, scheme: Scheme, skeleton: Skeleton) -> None:
+    """The part's matrices as rounding gives them, in the loaded layer.
+
+    They are read from the source: the layer may hold the part under another scheme.
+    """
+    rounder, linears = rounder_of(menu, part, scheme, skeleton), menu.parts[part]
     result = LayerRounding()
     rounder.round_linears(linears, None, result)
-    rounder.round_experts(linears, None, None, result)
-    put_in_place(schemes, skeleton, part.layer, linears, result)
+    put_in_place(rounder, loaded_modules(rounder, skeleton, part.layer, linears), result)
+    sets = rounder.expert_sets(linears)
+    rounder.round_experts(sets, None, None, result)
+    if sets:
+        rounder.put_in_place(sets, skeleton.experts[part.layer], result)
 
 
 def divergences(walk: LayerWalk, branches: int, progress: Progress) -> list[float]:

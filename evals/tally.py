@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from evals.intervals import ratio_intervals
+from models.processes import Processes
 
 MAX_BUCKETS = 32  # powers of two of context length
 
@@ -33,8 +34,27 @@ class Tally:
         samples = len(domain_S)
         self.count = np.zeros(samples, dtype=np.int64)
         self.nll, self.reference_nll, self.kl, self.agree = np.zeros((4, samples))
-        self.by_context = np.zeros((4, MAX_BUCKETS))  # count, nll, kl, agree
+        self.by_batch: list[np.ndarray] = []  # by context: count, nll, kl, agree
         self.kl_values: list[np.ndarray] = []
+
+    def begin_batch(self) -> None:
+        """What `add` is given from now on is of another batch."""
+        self.by_batch.append(np.zeros((4, MAX_BUCKETS)))
+
+    def gather(self, processes: Processes) -> None:
+        """Add what the other processes saw: samples that this one has not, in any order; sums by
+        context in the order of the batches."""
+        names = ("count", "nll", "reference_nll", "kl", "agree")
+        by_process = processes.gather([getattr(self, name) for name in names])
+        for name, *parts in zip(names, *by_process, strict=True):
+            setattr(self, name, np.sum(parts, axis=0))
+        self.by_batch = processes.gather_dealt(self.by_batch)
+        self.kl_values = [part for parts in processes.gather(self.kl_values) for part in parts]
+
+    @property
+    def by_context(self) -> np.ndarray:
+        """Sums over all batches by number of tokens seen: [4, MAX_BUCKETS]."""
+        return np.sum(self.by_batch, axis=0)
 
     def add(
         self,
@@ -50,19 +70,19 @@ class Tally:
         sample = sample_N.cpu().numpy().astype(np.int64)
         bucket = np.floor(np.log2(context_N.cpu().numpy())).astype(np.int64)
         nll = nll_N.double().cpu().numpy()
-        size = len(self.count)
+        size, by_context = len(self.count), self.by_batch[-1]
         self.count += np.bincount(sample, minlength=size)
         self.nll += np.bincount(sample, weights=nll, minlength=size)
-        self.by_context[0] += np.bincount(bucket, minlength=MAX_BUCKETS)
-        self.by_context[1] += np.bincount(bucket, weights=nll, minlength=MAX_BUCKETS)
+        by_context[0] += np.bincount(bucket, minlength=MAX_BUCKETS)
+        by_context[1] += np.bincount(bucket, weights=nll, minlength=MAX_BUCKETS)
         if reference is None:
             return
         reference_nll, kl, agree = (part.double().cpu().numpy() for part in reference)
         self.reference_nll += np.bincount(sample, weights=reference_nll, minlength=size)
         self.kl += np.bincount(sample, weights=kl, minlength=size)
         self.agree += np.bincount(sample, weights=agree, minlength=size)
-        self.by_context[2] += np.bincount(bucket, weights=kl, minlength=MAX_BUCKETS)
-        self.by_context[3] += np.bincount(bucket, weights=agree, minlength=MAX_BUCKETS)
+        by_context[2] += np.bincount(bucket, weights=kl, minlength=MAX_BUCKETS)
+        by_context[3] += np.bincount(bucket, weights=agree, minlength=MAX_BUCKETS)
         self.kl_values.append(kl.astype(np.float32))
 
     def result(self, with_reference: bool) -> dict[str, Any]:

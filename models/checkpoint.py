@@ -180,6 +180,11 @@ class Checkpoint:
         info = self.info(name)
         return self._read_bytes(info, 0, info.nbytes, info.shape)
 
+    def read_into(self, info: TensorInfo, raw: torch.Tensor) -> None:
+        """A tensor's stored bytes into `raw`, uint8 of that size on the CPU."""
+        assert raw.numel() == info.nbytes, info.name
+        fill(raw, self._fd(info.file), info.offset, info.file)
+
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start..stop of dim 0; only their bytes are read."""
         info = self.info(name)

@@ -3,8 +3,9 @@
     w[n, k] = (unpack(q)[n, k] − zero[n, k // bk]) · scale[n // bn, k // bk]
 
 Block (bn, bk) need not divide the shape: the last block row and column are simply shorter. Rows
-are done in chunks that stay in cache, so decoding needs the result and a few megabytes, never a
-float32 copy of the whole (transformers' and compressed-tensors' own decoders make one or two).
+are done in chunks that stay in a CPU's cache, so decoding needs the result and a few megabytes,
+never a float32 copy of the whole (transformers' and compressed-tensors' own decoders make one or
+two).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 import torch
 
 CHUNK_ELEMENTS = 1 << 19  # 2 MB of float32
+GPU_CHUNK_ELEMENTS = 1 << 24  # there, starting an operation costs more than a cache saves
 # E2M1: sign, two exponent bits, one mantissa bit
 FP4_VALUES = (
     0.0,
@@ -122,7 +124,8 @@ def scaled_blocks(
     out = torch.empty(shape, dtype=dtype, device=stored.device)
     rows, columns = shape[-2:]
     block_rows = min(block[0], rows)
-    step = max(1, CHUNK_ELEMENTS // max(1, columns * block_rows)) * block_rows
+    chunk = CHUNK_ELEMENTS if stored.device.type == "cpu" else GPU_CHUNK_ELEMENTS
+    step = max(1, chunk // max(1, columns * block_rows)) * block_rows
     flat_out = out.view(-1, rows, columns)
     flat_in = stored.reshape(-1, *stored.shape[-2:])
     flat_scale = scale.reshape(-1, *scale.shape[-2:])

@@ -14,6 +14,7 @@ import torch
 from models.architecture import ExpertTensor, ModelSpec
 from models.errors import InputError
 from models.experts import ExpertWeights
+from models.fp8_upload import Fp8Matrix, Fp8Upload, fp8_matrix
 from models.source_formats import Source
 
 
@@ -52,8 +53,8 @@ class ExpertReader:
             if probe in names:
                 self.found.setdefault(tensor.role, tensor)
 
-    def read(self, role: str, expert: int, dtype: torch.dtype, transposed: bool) -> torch.Tensor:
-        """One expert's weight, [out, in] or, `transposed`, [in, out]."""
+    def _on_disk(self, role: str, expert: int) -> tuple[ExpertTensor, str]:
+        """A role's tensor and its logical name. InputError when the checkpoint lacks it."""
         tensor = self.found.get(role)
         if tensor is None:
             raise InputError(
@@ -67,13 +68,31 @@ class ExpertReader:
                 f"tensor {name} is missing in {self.source.checkpoint.root}; "
                 "the checkpoint is incomplete"
             )
-        on_disk = self.names[name]
+        return tensor, self.names[name]
+
+    def shape(self, role: str, transposed: bool) -> tuple[int, int]:
+        """(out, in) of one expert's weight, or (in, out), `transposed`."""
+        tensor, on_disk = self._on_disk(role, 0)
+        rows, columns = self.source.shape(on_disk)[-2:]
+        return (columns, rows) if tensor.transposed != transposed else (rows, columns)
+
+    def read(self, role: str, expert: int, dtype: torch.dtype, transposed: bool) -> torch.Tensor:
+        """One expert's weight, [out, in] or, `transposed`, [in, out]."""
+        tensor, on_disk = self._on_disk(role, expert)
         if tensor.stacked:
             value = self.source.read_expert(on_disk, expert, dtype, self.device)
         else:
             value = self.source.read(on_disk, dtype, self.device)
         check_finite(value, on_disk, self.source)
         return value.transpose(0, 1) if tensor.transposed != transposed else value
+
+    def fp8_matrix(self, role: str, expert: int, out: torch.Tensor) -> Fp8Matrix | None:
+        """One expert's weight as it lies on disk, where that is FP8 blocks that go to `out` as
+        they are; None for anything else, which `read` decodes or refuses."""
+        tensor, on_disk = self._on_disk(role, expert)
+        if tensor.stacked or tensor.transposed:
+            return None
+        return fp8_matrix(self.source, on_disk, out)
 
     def read_biases(self, role: str, dtype: torch.dtype) -> torch.Tensor | None:
         """Stacked biases [E, width] of a role; None where the family has none."""
@@ -94,8 +113,9 @@ def load_expert_weights(
     transposed: bool,
     dtype: torch.dtype,
     device: torch.device,
+    upload: Fp8Upload | None = None,
 ) -> ExpertWeights:
-    """All experts of a layer as [E, ...] tensors on `device`.
+    """All experts of a layer as [E, ...] tensors on `device`; FP8 blocks by `upload` if given.
 
     `names` maps canonical to on-disk logical names. Raises InputError when a tensor is missing
     or holds a NaN or an infinity.
@@ -107,21 +127,34 @@ def load_expert_weights(
         up_roles = ["gate_up"]
     out_dim = 1 if transposed else 0
     up = down = None
+    uploaded: list[Fp8Matrix] = []
+
+    def place(role: str, expert: int, out: torch.Tensor) -> None:
+        matrix = None
+        if upload is not None and not transposed:
+            matrix = reader.fp8_matrix(role, expert, out)
+        if matrix is not None:
+            uploaded.append(matrix)
+        else:
+            out.copy_(reader.read(role, expert, dtype, transposed))
+
     for expert in range(num_experts):
         start = 0
         for role in up_roles:
-            value = reader.read(role, expert, dtype, transposed)
+            shape = reader.shape(role, transposed)
             if up is None:
-                shape = list(value.shape)
-                shape[out_dim] *= len(up_roles)
-                up = torch.empty((num_experts, *shape), dtype=dtype, device=device)
-            width = value.shape[out_dim]
-            up[expert].narrow(out_dim, start, width).copy_(value)
+                joined = list(shape)
+                joined[out_dim] *= len(up_roles)
+                up = torch.empty((num_experts, *joined), dtype=dtype, device=device)
+            width = shape[out_dim]
+            place(role, expert, up[expert].narrow(out_dim, start, width))
             start += width
-        value = reader.read("down", expert, dtype, transposed)
         if down is None:
-            down = torch.empty((num_experts, *value.shape), dtype=dtype, device=device)
-        down[expert].copy_(value)
+            shape = reader.shape("down", transposed)
+            down = torch.empty((num_experts, *shape), dtype=dtype, device=device)
+        place("down", expert, down[expert])
+    if upload is not None:
+        upload.run(source.checkpoint, uploaded)
     assert up is not None
     assert down is not None
     return ExpertWeights(

@@ -152,17 +152,26 @@ class RoutedExperts(nn.Module):
         gate, up = up_PF.chunk(2, dim=-1)
         return original.act_fn(gate) * up
 
+    def activated(
+        self, inputs_PD: torch.Tensor, expert_P: torch.Tensor, offsets_E: torch.Tensor
+    ) -> torch.Tensor:
+        """What down is fed, [P, F], of pairs sorted by expert: a grouped GEMM and `activate`."""
+        weights = self.weights
+        assert weights is not None, f"experts of layer {self.layer} are not loaded"
+        up_PF = F.grouped_mm(inputs_PD, weights.up_for_mm, offs=offsets_E.to(torch.int32))
+        if weights.up_bias is not None:
+            up_PF.add_(weights.up_bias[expert_P])
+        return self.activate(up_PF)
+
     def expert_outputs(
         self, inputs_PD: torch.Tensor, expert_P: torch.Tensor, offsets_E: torch.Tensor
     ) -> torch.Tensor:
         """f_e(x) of every pair, pairs sorted by expert: two grouped GEMMs, on CPU and GPU alike."""
+        middle_PF = self.activated(inputs_PD, expert_P, offsets_E)
         weights = self.weights
-        assert weights is not None, f"experts of layer {self.layer} are not loaded"
+        assert weights is not None
         offs = offsets_E.to(torch.int32)
-        up_PF = F.grouped_mm(inputs_PD, weights.up_for_mm, offs=offs)
-        if weights.up_bias is not None:
-            up_PF.add_(weights.up_bias[expert_P])
-        outputs_PD = F.grouped_mm(self.activate(up_PF), weights.down_for_mm, offs=offs)
+        outputs_PD = F.grouped_mm(middle_PF, weights.down_for_mm, offs=offs)
         if weights.down_bias is not None:
             outputs_PD.add_(weights.down_bias[expert_P])
         return outputs_PD

@@ -11,6 +11,8 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+import torch
+
 
 def _find_trim() -> Any:
     """glibc's malloc_trim; None without it."""
@@ -27,6 +29,15 @@ _TRIM = _find_trim()
 
 
 def release_freed_memory() -> None:
-    """Return what this process has freed to the operating system, where that can be asked for."""
+    """Return what this process has freed to the operating system, where that can be asked for,
+    and to the GPU."""
     if _TRIM is not None:
         _TRIM(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that a tensor could get now, torch's own cache included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

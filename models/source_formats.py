@@ -14,6 +14,7 @@ from the names: a tensor is quantized exactly when its scale lies beside it, so
 | int packed | X.weight_packed I32, weight_scale [N,K/g], weight_shape, zeros | (q−z) · scale |
 | nvfp4 (CT) | X.weight_packed U8, weight_scale [N,K/16], weight_global_scale | v · scale ÷ global |
 | scaled (CT) | X.weight F8_E4M3 or I8, X.weight_scale: [N,1], [1] or blocks | q · scale |
+| gptq, modelopt | X.qweight, scales, qzeros; X.weight U8 with weight_scale_2 | models/exported.py |
 
 Block and group sizes come from config.json and are checked against the shapes, never derived
 from them: 576 rows with 5 scale rows are blocks of 128 with a short last one, not of 115
@@ -31,6 +32,7 @@ from typing import Any
 
 import torch
 
+from models import exported
 from models.architecture import ModelSpec
 from models.byte_copy import ByteRange
 from models.checkpoint import Checkpoint, TensorInfo
@@ -48,7 +50,7 @@ from models.writer import OutputTensor
 
 __all__ = ["Source", "logical_name", "quantization_config"]
 
-QUANT_METHODS = (None, "fp8", "mxfp4", "compressed-tensors")
+QUANT_METHODS = (None, "fp8", "mxfp4", "compressed-tensors", *exported.METHODS)
 FP4_BLOCK = (1, 32)
 NVFP4_BLOCK = (1, 16)
 
@@ -75,8 +77,12 @@ class Source:
         if method not in QUANT_METHODS:
             raise InputError(
                 f"{checkpoint.root}/config.json: quant_method {method!r} cannot be read; use the "
-                "unquantized checkpoint, or one in fp8, mxfp4 or compressed-tensors"
+                "unquantized checkpoint, or one in {', '.join(map(str, QUANT_METHODS[1:]))}"
             )
+        self.integers: exported.PackedIntegers | None = None
+        if method in exported.METHODS:
+            where = f"{checkpoint.root}/config.json"
+            self.integers = exported.packed_integers(self.quantization, where)
         self.stored = self._join_parts()
 
     def _join_parts(self) -> dict[str, Stored]:
@@ -88,6 +94,10 @@ class Source:
         stored = {}
         for logical, parts in joined.items():
             found = FORMATS.get(frozenset(parts.keys() - {"input_scale"}))
+            if found == "scaled" and parts["weight"].dtype == "U8":
+                found = None  # one of ModelOpt's that are not read
+            if found == "gptq" and self.integers is None:
+                found = None
             if found is None:
                 first = next(iter(parts.values()))
                 raise InputError(
@@ -132,8 +142,10 @@ class Source:
             return (experts, groups * half * 2, rows)
         if stored.format == "int_packed":
             return self._packed_shape(stored)
-        if stored.format == "nvfp4":
-            rows, half = stored.parts["packed"].shape
+        if stored.format == "gptq":
+            return self._integers().shape(stored.parts["qweight"].shape)
+        if stored.format in ("nvfp4", "modelopt"):
+            rows, half = stored.parts["packed" if stored.format == "nvfp4" else "weight"].shape
             return rows, half * 2
         weight = stored.parts["weight"]
         if stored.format == "fp4_block" and weight.dtype == "I8":
@@ -158,8 +170,47 @@ class Source:
         Raises InputError when sizes and config.json disagree.
         """
         stored = self._stored(logical)
+        return self._decode(logical, stored, self.read_parts(logical, device), dtype)
+
+    def read_parts(
+        self, logical: str, device: torch.device | str = "cpu"
+    ) -> dict[str, torch.Tensor]:
+        """The physical tensors of a logical one by role.
+
+        gptq and modelopt: as compressed-tensors would store them. Zero points of integers are
+        numbers, `zero` [N, G].
+        """
+        stored = self._stored(logical)
         raw = {part: self._raw(info, None, device) for part, info in stored.parts.items()}
-        return self._decode(logical, stored, raw, dtype)
+        if stored.format == "gptq":
+            return exported.translated_integers(self._integers(), raw, logical)
+        if stored.format == "modelopt":
+            return exported.translated_nvfp4(raw)
+        if stored.format == "int_packed" and "zero_point" in raw:
+            bits, _, per_word = self.integer_layout(logical)
+            rows = self._packed_shape(stored)[0]
+            words = raw.pop("zero_point").T.contiguous()
+            raw["zero"] = unpack_bits(words, bits, rows, per_word).T
+        return raw
+
+    def is_reordered(self, logical: str) -> bool:
+        """Whether columns of packed integers are grouped out of order (act-order)."""
+        stored = self._stored(logical)
+        if "g_idx" not in stored.parts or stored.format != "gptq":
+            return "g_idx" in stored.parts
+        g_idx = self.checkpoint.read(stored.parts["g_idx"].name)
+        return exported.is_reordered(self._integers(), g_idx)
+
+    def has_zero_points(self, logical: str) -> bool:
+        """Whether packed integers are asymmetric."""
+        stored = self._stored(logical)
+        if stored.format == "gptq":
+            return not self._integers().symmetric
+        return "zero_point" in stored.parts
+
+    def _integers(self) -> exported.PackedIntegers:
+        assert self.integers is not None  # or the format would not have been found
+        return self.integers
 
     def read_expert(
         self,
@@ -198,11 +249,11 @@ class Source:
                 raise self._wrong(logical, stored, "has no scale beside it")
             return raw["weight"] if dtype is None else raw["weight"].to(dtype)
         target = dtype or torch.bfloat16
-        if stored.format == "int_packed":
+        if stored.format in ("int_packed", "gptq"):
             return self._decode_packed(logical, stored, raw, target)
         if stored.format == "mxfp4":
             return self._decode_mxfp4(logical, stored, raw, target)
-        if stored.format == "nvfp4":
+        if stored.format in ("nvfp4", "modelopt"):
             return self._decode_nvfp4(logical, stored, raw, target)
         weight = raw["weight"]
         if stored.format == "fp4_block":
@@ -311,6 +362,8 @@ class Source:
         The one scheme of config.json that the shapes fit; InputError where none or several do.
         """
         stored = self._stored(logical)
+        if stored.format == "gptq":
+            return self._integers().bits, self._integers().group(self.shape(logical)[1]), None
         rows, columns = self._packed_shape(stored)
         packed, scale = stored.parts["packed"], stored.parts["scale"]
         if packed.dtype != "I32":
@@ -344,12 +397,12 @@ class Source:
     def _decode_packed(
         self, logical: str, stored: Stored, raw: Mapping[str, torch.Tensor], dtype: torch.dtype
     ) -> torch.Tensor:
-        rows, columns = self._packed_shape(stored)
+        rows, columns = self.shape(logical)
         scale, words = float_scales(raw["scale"]), raw["packed"]
         bits, group, per_word = self.integer_layout(logical)
         zero: torch.Tensor | float = float(1 << (bits - 1))
-        if "zero_point" in raw:
-            zero = unpack_bits(raw["zero_point"].T.contiguous(), bits, rows, per_word).T
+        if "zero" in raw:
+            zero = raw["zero"]
             if zero.shape != scale.shape:
                 raise self._wrong(logical, stored, "has zero points unlike its scales")
         columns_of = raw["g_idx"].long() if "g_idx" in raw else None

@@ -45,9 +45,8 @@ class Indexer(nn.Module):
 
     def __init__(self, original: Any) -> None:
         super().__init__()
-        for name, child in original.named_children():
-            self.add_module(name, child)
-        # a tuple hides its parameters, which are those above
+        self._modules = original._modules  # the very dict: who replaces one, replaces it in both
+        # a tuple hides the same parameters a second time
         self._original: tuple[Any] = (original,)
         self.scores_at_once = SCORES_AT_ONCE
 

@@ -12,8 +12,10 @@ from typing import Literal
 
 from models.shards import TensorInfo
 
-Format = Literal["plain", "fp8_block", "fp4_block", "mxfp4", "nvfp4", "int_packed", "scaled"]
-NARROW = frozenset({"F8_E4M3", "F8_E5M2", "I8", "F4"})
+Format = Literal[
+    "plain", "fp8_block", "fp4_block", "mxfp4", "nvfp4", "int_packed", "scaled", "gptq", "modelopt"
+]
+NARROW = frozenset({"F8_E4M3", "F8_E5M2", "I8", "U8", "F4"})
 
 # (end of the physical name, what replaces it in the logical one, part); longest ends first.
 PARTS: tuple[tuple[str, str, str], ...] = (
@@ -25,8 +27,13 @@ PARTS: tuple[tuple[str, str, str], ...] = (
     (".weight_packed", ".weight", "packed"),
     (".weight_scale", ".weight", "scale"),
     (".weight_shape", ".weight", "shape"),
+    (".weight_scale_2", ".weight", "scale_2"),
     (".weight_g_idx", ".weight", "g_idx"),
     (".input_scale", ".weight", "input_scale"),
+    (".qweight", ".weight", "qweight"),
+    (".qzeros", ".weight", "qzeros"),
+    (".scales", ".weight", "group_scales"),
+    (".g_idx", ".weight", "g_idx"),
     ("_scale_inv", "", "scale_inv"),
     ("_blocks", "", "blocks"),
     ("_scales", "", "scales"),
@@ -43,6 +50,9 @@ FORMATS: Mapping[frozenset[str], Format] = {
     frozenset({"packed", "scale", "shape", "zero_point", "g_idx"}): "int_packed",
     frozenset({"packed", "scale", "global_scale"}): "nvfp4",
     frozenset({"weight", "scale"}): "scaled",
+    frozenset({"qweight", "qzeros", "group_scales"}): "gptq",
+    frozenset({"qweight", "qzeros", "group_scales", "g_idx"}): "gptq",
+    frozenset({"weight", "scale", "scale_2"}): "modelopt",
 }
 
 
@@ -61,6 +71,8 @@ def split_name(physical: str, names: Mapping[str, TensorInfo]) -> tuple[str, str
             logical = physical[: -len(end)] + replacement
             if part in ("blocks", "scales"):
                 belongs = logical + "_blocks" in names and logical + "_scales" in names
+            elif end in (".qweight", ".qzeros", ".scales", ".g_idx"):
+                belongs = physical[: -len(end)] + ".qweight" in names
             elif logical in names:
                 belongs = names[logical].dtype in NARROW
             else:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 
+from quant.device import has_kernels
 from quant.factor import Factor
 from quant.grid import Grid
 
@@ -28,6 +29,10 @@ def rounded_in_order(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Grid values [B, K, N] of weights [B, K, N] (columns first in memory) under fixed steps and
     zero points [B, G, N], and what they cost: e H eᵀ of each row, [B, N]."""
+    if has_kernels(weight_BKN) and grid.scheme.kind in ("int", "nvfp4"):
+        from quant.kernels import columns as kernels
+
+        return kernels.rounded_in_order(weight_BKN, step_BGN, zero_BGN, factor, grid)
     batch, columns, _ = weight_BKN.shape
     index_B = torch.arange(batch, device=weight_BKN.device).unsqueeze(1)
     order, upper = factor.order_BK, factor.upper_BKK

@@ -22,12 +22,20 @@ from collections.abc import Mapping
 import torch
 
 from models.dequantize import unpack_bits
+from quant.device import has_kernels
 from quant.schemes import Quantized, Scheme
 
 
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes 0..2^bits−1 (uint8 [..., K]) as dense int32 words [..., ceil(K·bits/32)]."""
-    assert codes.dtype == torch.uint8, codes.dtype
+    """Codes [..., K] as dense int32 words [..., ceil(K·bits/32)]: uint8 from 0 to 2^bits − 1, or
+    int8, to which 2^(bits−1) is added first."""
+    assert codes.dtype in (torch.uint8, torch.int8), codes.dtype
+    if has_kernels(codes):
+        from quant.kernels.pack import pack_codes
+
+        return pack_codes(codes, bits)
+    if codes.dtype == torch.int8:
+        codes = codes.contiguous().view(torch.uint8) + (1 << (bits - 1))  # modulo 256
     columns = codes.shape[-1]
     words = -(-columns * bits // 32)
     if columns % 32:
@@ -50,6 +58,8 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
     """Nibbles (uint8 [..., K], K even) two a byte, the even column low: uint8 [..., K/2]."""
+    if has_kernels(codes) and codes.shape[-1] % 8 == 0:
+        return pack_bits(codes, 4).view(torch.uint8)
     return (codes[..., 0::2] | (codes[..., 1::2] << 4)).contiguous()
 
 
@@ -64,11 +74,8 @@ def pack(
     rows, columns = q.codes.shape
     tensors: dict[str, torch.Tensor] = {}
     if scheme.kind == "int":
-        codes = q.codes
-        if q.zero_point is None:
-            assert codes.dtype == torch.int8, codes.dtype
-            codes = (codes.to(torch.int16) + (1 << (scheme.bits - 1))).to(torch.uint8)
-        tensors["weight_packed"] = pack_bits(codes, scheme.bits)
+        assert (q.codes.dtype == torch.int8) == (q.zero_point is None), q.codes.dtype
+        tensors["weight_packed"] = pack_bits(q.codes, scheme.bits)
         tensors["weight_scale"] = q.scale
         tensors["weight_shape"] = torch.tensor([rows, columns], dtype=torch.int64)
         if q.zero_point is not None:

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import torch
 
 from quant.columns import rounded_in_order
+from quant.device import has_kernels
 from quant.factor import damped_factor
 from quant.grid import Grid
 from quant.refine import refine
@@ -88,24 +89,38 @@ def gptq(
     grid = make_grid(weight, scheme, global_scale_B, scale_dtype)
     damped, factor, damping_B = damped_factor(hessian, settings.damping)
     step_BNG, zero_BNG = searched_steps(weight, grid, factor.importance_BK)
-    weight_BKN = weight.mT.contiguous()
+    weight_BKN = _transposed(weight)
     step_BGN = step_BNG.mT.contiguous()
     zero_BGN = None if zero_BNG is None else zero_BNG.mT.contiguous()
     values_BKN, _ = rounded_in_order(weight_BKN, step_BGN, zero_BGN, factor, grid)
+    del factor  # as large as the Hessian
     if settings.sweeps and scheme.kind in ("int", "nvfp4"):
         refine(weight_BKN, values_BKN, step_BGN, zero_BGN, damped, grid, settings.sweeps)
     step_BNG = step_BGN.mT
     if scheme.kind == "fp8_block":
         step_BNG = step_BNG[:, ::FP8_BLOCK_SIDE]
     zero = None if zero_BGN is None else zero_BGN.mT.contiguous()
-    solved = grid.quantized(values_BKN.mT.contiguous(), step_BNG.contiguous(), zero)
+    solved = grid.quantized(_transposed(values_BKN), step_BNG.contiguous(), zero)
     solved = _with_fallback(solved, weight, hessian, torch.isnan(damping_B), grid)
     residual = weight - dequantize(solved, scheme)
     return Solved(solved, energy(residual, hessian), energy(weight, hessian), damping_B)
 
 
+def _transposed(matrix_BNK: torch.Tensor) -> torch.Tensor:
+    """[B, N, K] -> [B, K, N], contiguous."""
+    if has_kernels(matrix_BNK):
+        from quant.kernels import products
+
+        return products.transposed(matrix_BNK)
+    return matrix_BNK.mT.contiguous()
+
+
 def energy(rows_BNK: torch.Tensor, hessian_BKK: torch.Tensor) -> torch.Tensor:
-    """r H rᵀ of every row, [B, N]."""
+    """r H rᵀ of every row, [B, N], H symmetric. On a GPU in TF32, each pair of channels once."""
+    if has_kernels(rows_BNK):
+        from quant.kernels import products
+
+        return products.energy(rows_BNK, hessian_BKK)
     return ((rows_BNK @ hessian_BKK) * rows_BNK).sum(-1)
 
 

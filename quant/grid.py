@@ -105,20 +105,30 @@ class Grid:
         blocks of 128 too."""
         kind = self.scheme.kind
         if kind == "nvfp4":
-            assert self.global_scale_B is not None
-            scale = (step_BNG * self._divisor(step_BNG)).to(torch.float8_e4m3fn)
-            divisor = self.global_scale_B.reshape(-1, 1)
-            return Quantized(e2m1_codes(values_BNK), scale, global_scale=divisor)
-        if kind == "fp8_block":
-            return Quantized(values_BNK.to(torch.float8_e4m3fn), step_BNG)
-        scale = step_BNG.to(self.scale_dtype)
-        if kind == "fp8_channel":
-            return Quantized(values_BNK.to(torch.float8_e4m3fn), scale)
+            return self.with_codes(e2m1_codes(values_BNK), step_BNG)
+        if kind.startswith("fp8"):
+            return self.with_codes(values_BNK.to(torch.float8_e4m3fn), step_BNG)
         if zero_BNG is None:
-            return Quantized(values_BNK.to(torch.int8), scale)
+            return self.with_codes(values_BNK.to(torch.int8), step_BNG)
         size = values_BNK.shape[-1] // zero_BNG.shape[-1]
         codes = values_BNK + zero_BNG.repeat_interleave(size, dim=-1)
-        return Quantized(codes.to(torch.uint8), scale, zero_point=zero_BNG.to(torch.uint8))
+        return self.with_codes(codes.to(torch.uint8), step_BNG, zero_BNG)
+
+    def with_codes(
+        self,
+        codes_BNK: torch.Tensor,
+        step_BNG: torch.Tensor,
+        zero_BNG: torch.Tensor | None = None,
+    ) -> Quantized:
+        """Codes as they are, steps and zero points in their stored types."""
+        kind = self.scheme.kind
+        if kind == "nvfp4":
+            assert self.global_scale_B is not None
+            scale = (step_BNG * self._divisor(step_BNG)).to(torch.float8_e4m3fn)
+            return Quantized(codes_BNK, scale, global_scale=self.global_scale_B.reshape(-1, 1))
+        scale = step_BNG if kind == "fp8_block" else step_BNG.to(self.scale_dtype)
+        zero = None if zero_BNG is None else zero_BNG.to(torch.uint8)
+        return Quantized(codes_BNK, scale, zero_point=zero)
 
     def _divisor(self, like: torch.Tensor) -> torch.Tensor:
         assert self.global_scale_B is not None, "NVFP4 needs its global scale"

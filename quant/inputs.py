@@ -3,25 +3,31 @@
     H = sum over real tokens of x x^T        float32 [K, K]
 
 is all GPTQ wants of a Linear's inputs. For Linears outside the experts it is accumulated while
-the layer runs. Experts would need one K x K matrix each (52 GB in a DeepSeek-V3.2 layer), so what
-is kept for them is the MoE block's own input, once for each token, and who was routed where; the
-Hessians of a few experts at a time are made from that. Only tokens that were really routed to an
-expert count: sending every token through every expert costs E / top_k times the work and bends
-the Hessians toward tokens the expert never sees.
+the layer runs. Experts would need one K x K matrix each (52 GB in a DeepSeek-V3.2 layer). On a
+GPU those are summed while the layer runs, as many as fit (quant/expert_sums.py). Elsewhere the
+MoE block's own input is kept, once for each token, and who was routed where, and the Hessians of a
+few experts at a time are made from that. Only tokens that were really routed to an expert count:
+sending every token through every expert costs E / top_k times the work and bends the Hessians
+toward tokens the expert never sees.
 
-Legend: T tokens of a batch, N tokens of one expert, K inputs of a Linear, E experts.
+Legend: T tokens of a batch, N tokens of one expert, K inputs of a Linear, E experts, B experts
+rounded together, D hidden, F intermediate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from calibration.batches import PADDING, Batch
-from models.experts import RoutedBatch
+from models.experts import RoutedBatch, RoutedExperts
+from quant.gptq import isotropic, shrink_hessian
+from quant.hessians import add_products, made_symmetric, zero_sums
 
 
 class LinearInputs:
@@ -31,7 +37,7 @@ class LinearInputs:
         self.with_hessian = with_hessian
         self.source: dict[str, str] = {}  # Linear -> the Linear whose sums it shares
         self.hessian: dict[str, torch.Tensor] = {}
-        self.largest: dict[str, float] = {}
+        self.largest: dict[str, torch.Tensor] = {}
         self.count: dict[str, int] = {}
         self._entered: tuple[torch.Tensor, str] | None = None
 
@@ -43,24 +49,44 @@ class LinearInputs:
         self._entered = (x, self.source[name])
         if self.source[name] != name:
             return
-        real_T = (batch.domain_T != PADDING).to(x.device)
-        rows = x.reshape(len(real_T), -1)[real_T].float()
-        self.count[name] = self.count.get(name, 0) + len(rows)
-        self.largest[name] = max(self.largest.get(name, 0.0), float(rows.abs().amax()))
+        # counted and listed on the CPU: nothing here waits for the GPU
+        row_N = (batch.domain_T != PADDING).nonzero().flatten()
+        ends = torch.tensor([[0], [len(row_N)]]).to(x.device)
+        rows = x.reshape(len(batch.domain_T), -1)[row_N.to(x.device)]
+        low, high = torch.aminmax(rows)
+        largest = torch.maximum(-low, high).float()
+        self.count[name] = self.count.get(name, 0) + len(row_N)
+        self.largest[name] = torch.maximum(self.largest.get(name, largest), largest)
         if self.with_hessian:
             if name not in self.hessian:
-                self.hessian[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
-            self.hessian[name].addmm_(rows.T, rows)
+                self.hessian[name] = zero_sums(1, rows.shape[1], x.device)
+            add_products(self.hessian[name], rows, ends[0], ends[1])
 
     def sums_of(self, name: str) -> tuple[torch.Tensor | None, int, float]:
         """(Hessian or None, tokens, largest |x|) of a Linear; zeros for one that never ran."""
         source = self.source.get(name, name)
-        return self.hessian.get(source), self.count.get(source, 0), self.largest.get(source, 0.0)
+        if source not in self.count:
+            return None, 0, 0.0
+        hessian = self.hessian.get(source)
+        if hessian is not None and hessian.is_cuda:
+            made_symmetric(hessian)
+        return (
+            None if hessian is None else hessian[0],
+            self.count[source],
+            float(self.largest[source]),
+        )
+
+
+class TakesInputs(Protocol):
+    """`LinearInputs`, or what brings inputs to those of other processes (quant/sharing.py)."""
+
+    def add(self, name: str, x: torch.Tensor, batch: Batch) -> None:
+        """One batch's input [..., K] of a Linear."""
 
 
 @contextmanager
 def watched(
-    linears: Mapping[str, nn.Module], inputs: LinearInputs, batch: list[Batch]
+    linears: Mapping[str, nn.Module], inputs: TakesInputs, batch: list[Batch]
 ) -> Iterator[None]:
     """While open, inputs of `linears` are added for the batch that `batch` holds."""
 
@@ -75,6 +101,67 @@ def watched(
             handle.remove()
 
 
+def pair_weights(
+    token_P: torch.Tensor, weight_P: torch.Tensor | None, num_tokens: int
+) -> torch.Tensor:
+    """How much each token counts in its layer's pooled Hessian [T]: once for each pair, or by the
+    square of what multiplied its input."""
+    return torch.bincount(
+        token_P, None if weight_P is None else weight_P.float() ** 2, minlength=num_tokens
+    )
+
+
+class PooledHessian:
+    """The Hessian a routed token of a layer has on average (gate and up), float32 [D, D]."""
+
+    def __init__(self) -> None:
+        self.total: torch.Tensor | None = None
+        self.pairs = 0
+
+    def add(self, x_TD: torch.Tensor, weight_T: torch.Tensor, pairs: int) -> None:
+        """One batch, with `pair_weights`."""
+        x = x_TD.float()
+        part = x.T @ (x * weight_T.to(x)[:, None])
+        self.total = part if self.total is None else self.total + part
+        self.pairs += pairs
+
+    def mean(self) -> torch.Tensor:
+        """For a pair."""
+        assert self.total is not None
+        return self.total / max(1, self.pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """What one matrix each of a set of experts was fed.
+
+    `hessian_BKK` is what rounding is to heed: per token, drawn toward what the layer's experts
+    have in common where tokens are few; None where it was not asked for. `largest_B` is |x|.
+    """
+
+    hessian_BKK: torch.Tensor | None
+    largest_B: list[float]
+
+
+class ExpertInputs(Protocol):
+    """The inputs of a layer's experts, however they are kept."""
+
+    @property
+    def count_E(self) -> torch.Tensor:
+        """Tokens of each expert, int64 [E] on the CPU."""
+
+    def add(self, record: RoutedBatch, batch: Batch) -> None:
+        """Take in what one batch's experts got; padding left out."""
+
+    def up(self, experts: Sequence[int], device: torch.device, *, solved: bool) -> Fed:
+        """Of gate and up; Hessians where they are `solved` for."""
+
+    def down(
+        self, experts: Sequence[int], loaded: RoutedExperts, device: torch.device, *, solved: bool
+    ) -> Fed:
+        """Of down, by the gate and up that `loaded` holds now."""
+
+
 class RoutedInputs:
     """Inputs of a layer's experts: every token's once, and the pairs the router made."""
 
@@ -84,6 +171,7 @@ class RoutedInputs:
         self.inputs: list[torch.Tensor] = []  # [T, D] of each batch, on the CPU
         # (expert, token, weight that multiplied the input or None) of real pairs, by expert
         self.pairs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+        self.mean: torch.Tensor | None = None  # the pooled Hessian
 
     def add(self, record: RoutedBatch, batch: Batch) -> None:
         """Keep what one batch's experts got; padding left out."""
@@ -105,3 +193,50 @@ class RoutedInputs:
             x_ND = x_TD[token_P[start:end]]
             rows.append(x_ND if weight_P is None else x_ND * weight_P[start:end, None])
         return torch.cat(rows)
+
+    def pooled(self, device: torch.device) -> torch.Tensor:
+        """The Hessian a routed token of this layer has on average, made on `device`."""
+        if self.mean is None:
+            pooled = PooledHessian()
+            for x_TD, (_, token_P, weight_P) in zip(self.inputs, self.pairs, strict=True):
+                weight_T = pair_weights(token_P, weight_P, len(x_TD))
+                pooled.add(x_TD.to(device), weight_T, len(token_P))
+            self.mean = pooled.mean()
+        return self.mean
+
+    def up(self, experts: Sequence[int], device: torch.device, *, solved: bool) -> Fed:
+        """See `ExpertInputs`."""
+        inputs = [self.of(expert).to(device) for expert in experts]
+        return fed_by(inputs, self.pooled(device) if solved else None, solved=solved)
+
+    def down(
+        self, experts: Sequence[int], loaded: RoutedExperts, device: torch.device, *, solved: bool
+    ) -> Fed:
+        """See `ExpertInputs`."""
+        assert loaded.weights is not None
+        inputs = []
+        for expert in experts:
+            x_ND = self.of(expert).to(device)
+            up = loaded.weights.up_for_mm[expert].T.contiguous().to(x_ND.dtype)
+            inputs.append(loaded.activate(torch.nn.functional.linear(x_ND, up)))
+        return fed_by(inputs, None, solved=solved)
+
+
+def fed_by(inputs: Sequence[torch.Tensor], pooled: torch.Tensor | None, *, solved: bool) -> Fed:
+    """From the rows [N, K] of each expert. Without a `pooled` Hessian, those with few tokens are
+    drawn toward an isotropic one: channels of down's inputs mean something else in each expert."""
+    largest_B = [float(x.abs().amax()) if len(x) else 0.0 for x in inputs]
+    if not solved:
+        return Fed(None, largest_B)
+    hessian_BKK = torch.stack([_per_token_hessian(x) for x in inputs])
+    tokens_B = torch.tensor([len(x) for x in inputs])
+    if pooled is None:
+        seen = hessian_BKK[tokens_B > 0]
+        size = hessian_BKK.shape[-1]
+        pooled = isotropic(seen.mean(0)) if len(seen) else torch.eye(size, device=inputs[0].device)
+    return Fed(shrink_hessian(hessian_BKK, tokens_B, pooled), largest_B)
+
+
+def _per_token_hessian(x_NK: torch.Tensor) -> torch.Tensor:
+    x = x_NK.float()
+    return x.T @ x / max(1, len(x))

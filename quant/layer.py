@@ -12,21 +12,31 @@ Legend: B experts rounded together, N tokens of one expert, D hidden, F intermed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
+from models.experts import RoutedExperts
+from models.fp8_upload import Fp8Matrix, Fp8Upload, fp8_matrix
 from models.source_formats import Source
+from quant.device import has_kernels
 from quant.fused import fused_sets
-from quant.gptq import GptqSettings, gptq, isotropic, shrink_hessian
-from quant.inputs import LinearInputs, RoutedInputs
+from quant.gptq import GptqSettings, gptq
+from quant.inputs import ExpertInputs, Fed, LinearInputs
 from quant.linears import Linear
 from quant.nvfp4 import global_divisor
 from quant.rounding import round_to_nearest
 from quant.schemes import Quantized, Scheme, dequantize
 
 HESSIAN_BYTES_AT_ONCE = 1 << 30
+MOST_AT_ONCE = 32  # experts
+READERS = 4  # threads that read weights for a GPU
+# Of a GPU's memory the solver gets one part in SOLVER_SHARE. For an expert it wants four times its
+# Hessian (767 MiB for 4096 x 7168), and a fifth is for weights and what is rounded.
+SOLVER_HESSIANS, SOLVER_SHARE = 5, 6
 
 
 @dataclass(slots=True)
@@ -48,6 +58,11 @@ class ExpertLinears:
     gate: Linear | None
     up: Linear
     down: Linear
+
+    @property
+    def ups(self) -> tuple[Linear, ...]:
+        """Gate and up, where there are both: what reads the expert's input."""
+        return (self.up,) if self.gate is None else (self.gate, self.up)
 
 
 def experts_of(linears: Sequence[Linear]) -> dict[int, ExpertLinears]:
@@ -83,6 +98,7 @@ class LayerRounder:
     ) -> None:
         self.source, self.schemes, self.damping = source, schemes, damping
         self.scale_dtype, self.device = scale_dtype, device
+        self.upload = Fp8Upload(device) if has_kernels(device) else None
 
     def weight(self, linear: Linear) -> torch.Tensor:
         """A matrix in float32, [out, in]."""
@@ -164,137 +180,253 @@ class LayerRounder:
 
     # -- routed experts ------------------------------------------------------------------------
 
-    def round_experts(
-        self,
-        linears: Sequence[Linear],
-        routed: RoutedInputs | None,
-        activate: Callable[[torch.Tensor], torch.Tensor] | None,
-        result: LayerRounding,
-    ) -> None:
-        """The layer's routed experts. `activate` is the family's activation on joined gate and
-        up ([N, 2F] -> [N, F]); both it and `routed` are None where nothing was run."""
+    def expert_sets(self, linears: Sequence[Linear]) -> list[dict[int, ExpertLinears]]:
+        """The layer's experts that get a scheme, as they are rounded together."""
         experts = {
             expert: parts
             for expert, parts in experts_of(linears).items()
             if self.schemes[parts.up.module] is not None
         }
         if not experts:
-            return
-        first = next(iter(experts.values()))
-        solved = first.up.module in self.damping or first.down.module in self.damping
-        pooled = _pooled(routed, self.device) if routed is not None and solved else None
-        widest = max(first.up.shape[1], first.down.shape[1])
-        at_once = max(1, min(32, HESSIAN_BYTES_AT_ONCE // (4 * widest * widest)))
+            return []
+        at_once = self._experts_at_once(widest_of(experts))
         numbers = list(experts)
-        for start in range(0, len(numbers), at_once):
-            self._round_experts_at_once(
-                {e: experts[e] for e in numbers[start : start + at_once]},
-                routed,
-                activate,
-                pooled,
-                result,
-            )
-        if routed is not None:
-            counts = routed.count_E[numbers]
-            result.without_tokens = int((counts == 0).sum())
-            result.few_tokens = int(((counts > 0) & (counts < widest)).sum())
-            self._fill_largest(experts, result)
+        return [
+            {expert: experts[expert] for expert in numbers[start : start + at_once]}
+            for start in range(0, len(numbers), at_once)
+        ]
 
-    def _round_experts_at_once(
+    def _experts_at_once(self, widest: int) -> int:
+        """As the solver needs memory; on a GPU a power of two, by what the card has in all: the
+        same job gives the same sets, whoever else is on it."""
+        if self.device.type != "cuda":
+            return max(1, min(MOST_AT_ONCE, HESSIAN_BYTES_AT_ONCE // (4 * widest * widest)))
+        whole = torch.cuda.mem_get_info(self.device)[1] // SOLVER_SHARE
+        fitting = whole // (SOLVER_HESSIANS * 4 * widest * widest)
+        return 1 << (max(1, min(MOST_AT_ONCE, fitting)).bit_length() - 1)
+
+    def experts_solved(self, sets: Sequence[Mapping[int, ExpertLinears]]) -> bool:
+        """True when GPTQ rounds these experts."""
+        if not sets:
+            return False
+        first = next(iter(sets[0].values()))
+        return self._solved(first.up.module) or self._solved(first.down.module)
+
+    def _solved(self, module: str) -> bool:
+        scheme = self.schemes[module]
+        return module in self.damping and scheme is not None and not scheme.kind.startswith("fp8")
+
+    def round_experts(
         self,
-        experts: Mapping[int, ExpertLinears],
-        routed: RoutedInputs | None,
-        activate: Callable[[torch.Tensor], torch.Tensor] | None,
-        pooled: torch.Tensor | None,
+        sets: Sequence[Mapping[int, ExpertLinears]],
+        routed: ExpertInputs | None,
+        loaded: RoutedExperts | None,
         result: LayerRounding,
     ) -> None:
-        any_up = self.schemes[next(iter(experts.values())).up.module]
-        assert any_up is not None
-        if any_up.kind.startswith("fp8"):  # no inputs needed, and blocks must not be joined
-            for parts in experts.values():
-                for linear in (parts.gate, parts.up, parts.down):
-                    if linear is not None:
-                        weight = self.weight(linear)
-                        result.quantized[linear.module] = self._round_one(
-                            linear.module, weight, any_up, None, 0, None, result
-                        )
-            return
-        ups, downs, heights = [], [], []
-        for parts in experts.values():
-            stack = [parts.gate, parts.up] if parts.gate is not None else [parts.up]
-            ups.append(torch.cat([self.weight(linear) for linear in stack]))
-            downs.append(self.weight(parts.down))
-            heights.append([(linear.module, linear.shape[0]) for linear in stack])
-        up_modules = [parts.up.module for parts in experts.values()]
-        inputs = None if routed is None else [routed.of(e).to(self.device) for e in experts]
-        up_q = self._round_batch(
-            torch.stack(ups), up_modules, inputs, pooled, result, pooled_is_shared=True
-        )
-        up_scheme = self.schemes[up_modules[0]]
-        assert up_scheme is not None
-        middle = None
-        if inputs is not None:
-            assert activate is not None
-            dtype = inputs[0].dtype
-            decoded = dequantize(up_q, up_scheme).to(dtype)
-            middle = [
-                activate(torch.nn.functional.linear(x, w))
-                for x, w in zip(inputs, decoded, strict=True)
-            ]
-        down_modules = [parts.down.module for parts in experts.values()]
-        down_q = self._round_batch(
-            torch.stack(downs), down_modules, middle, pooled, result, pooled_is_shared=False
-        )
-        for index, rows in enumerate(heights):
+        """Routed experts of a layer, of `expert_sets`. What was rounded is put, decoded, into the
+        experts that are `loaded`; they and `routed` are None where nothing was run."""
+        for experts in sets:  # down's inputs are what all rounded gates and ups give
+            up_modules = [parts.up.module for parts in experts.values()]
+            scheme = self.schemes[up_modules[0]]
+            assert scheme is not None
+            if scheme.kind.startswith("fp8"):  # no inputs needed; blocks must not be joined
+                linears = [linear for parts in experts.values() for linear in parts.ups]
+                self._round_plainly(linears, scheme, result)
+            else:
+                self._round_ups(experts, up_modules, scheme, routed, loaded, result)
+            if loaded is not None:
+                self._put_in_place(experts, loaded, result, down=False)
+        for experts in sets:
+            down_modules = [parts.down.module for parts in experts.values()]
+            scheme = self.schemes[down_modules[0]]
+            assert scheme is not None
+            if scheme.kind.startswith("fp8"):
+                self._round_plainly([parts.down for parts in experts.values()], scheme, result)
+            else:
+                self._round_downs(experts, down_modules, routed, loaded, result)
+            if loaded is not None:
+                self._put_in_place(experts, loaded, result, down=True)
+
+    def count_experts(
+        self,
+        sets: Sequence[Mapping[int, ExpertLinears]],
+        routed: ExpertInputs | None,
+        result: LayerRounding,
+    ) -> None:
+        """After all experts are rounded: how many saw no token or few, and input ranges of the
+        former."""
+        experts = {expert: parts for one in sets for expert, parts in one.items()}
+        if routed is not None and experts:
+            counts = routed.count_E[list(experts)]
+            result.without_tokens = int((counts == 0).sum())
+            result.few_tokens = int(((counts > 0) & (counts < widest_of(experts))).sum())
+            self._fill_largest(experts, result)
+
+    def _round_plainly(
+        self, linears: Sequence[Linear], scheme: Scheme, result: LayerRounding
+    ) -> None:
+        for linear, weight in zip(linears, self._read(linears), strict=True):
+            result.quantized[linear.module] = self._round_one(
+                linear.module, weight, scheme, None, 0, None, result
+            )
+
+    def _round_ups(
+        self,
+        experts: Mapping[int, ExpertLinears],
+        up_modules: Sequence[str],
+        scheme: Scheme,
+        routed: ExpertInputs | None,
+        loaded: RoutedExperts | None,
+        result: LayerRounding,
+    ) -> None:
+        stacks = [parts.ups for parts in experts.values()]
+        weight_BNK = self._weights(list(experts), stacks, loaded, down=False)
+        fed = None
+        if routed is not None:
+            fed = routed.up(list(experts), self.device, solved=self._solved(up_modules[0]))
+        up_q = self._round_batch(weight_BNK, up_modules, fed, result)
+        for index, parts in enumerate(experts.values()):
             begin = 0
-            for module, height in rows:
-                result.quantized[module] = rows_of(up_q[index], begin, begin + height, up_scheme)
-                result.largest_input[module] = _largest(inputs, index)
-                begin += height
-            result.quantized[down_modules[index]] = down_q[index]
-            result.largest_input[down_modules[index]] = _largest(middle, index)
+            for linear in parts.ups:
+                end = begin + linear.shape[0]
+                result.quantized[linear.module] = rows_of(up_q[index], begin, end, scheme)
+                result.largest_input[linear.module] = 0.0 if fed is None else fed.largest_B[index]
+                begin = end
+
+    def _round_downs(
+        self,
+        experts: Mapping[int, ExpertLinears],
+        down_modules: Sequence[str],
+        routed: ExpertInputs | None,
+        loaded: RoutedExperts | None,
+        result: LayerRounding,
+    ) -> None:
+        stacks = [[parts.down] for parts in experts.values()]
+        weight_BNK = self._weights(list(experts), stacks, loaded, down=True)
+        fed = None
+        if routed is not None:
+            assert loaded is not None
+            solved = self._solved(down_modules[0])
+            fed = routed.down(list(experts), loaded, self.device, solved=solved)
+        down_q = self._round_batch(weight_BNK, down_modules, fed, result)
+        for index, module in enumerate(down_modules):
+            result.quantized[module] = down_q[index]
+            result.largest_input[module] = 0.0 if fed is None else fed.largest_B[index]
+
+    def _weights(
+        self,
+        experts: Sequence[int],
+        stacks: Sequence[Sequence[Linear]],
+        loaded: RoutedExperts | None,
+        *,
+        down: bool,
+    ) -> torch.Tensor:
+        """Float32 weights [B, N, K] of the experts' `stacks`: matrices one below the other.
+
+        On a GPU where the layer is loaded its own weights serve, in the type it was run in: to
+        read 11 GB of a layer a second time would take as long as to round it.
+        """
+        if self.device.type == "cuda" and loaded is not None:
+            weights = loaded.weights
+            assert weights is not None
+            joined = weights.down_for_mm if down else weights.up_for_mm
+            return joined[list(experts)].mT.float().contiguous()
+        rows, columns = sum(linear.shape[0] for linear in stacks[0]), stacks[0][0].shape[1]
+        weight_BNK = torch.empty((len(stacks), rows, columns), device=self.device)
+        uploaded: list[Fp8Matrix] = []
+        read: list[tuple[Linear, torch.Tensor]] = []
+        for stack, weight in zip(stacks, weight_BNK, strict=True):
+            outs = weight.split([linear.shape[0] for linear in stack])
+            for linear, out in zip(stack, outs, strict=True):
+                matrix = None
+                if self.upload is not None and not linear.stacked:
+                    matrix = fp8_matrix(self.source, linear.logical, out)
+                if matrix is None:
+                    read.append((linear, out))
+                else:
+                    uploaded.append(matrix)
+        if self.upload is not None:
+            self.upload.run(self.source.checkpoint, uploaded)
+        values = self._read([linear for linear, _ in read])
+        for (_, out), value in zip(read, values, strict=True):
+            out.copy_(value)
+        return weight_BNK
+
+    def _read(self, linears: Sequence[Linear]) -> Iterator[torch.Tensor]:
+        """Matrices in float32; for a GPU several are on their way at once."""
+        if self.device.type != "cuda":
+            yield from map(self.weight, linears)
+            return
+        here = torch.cuda.current_device() if self.device.index is None else self.device.index
+        with ThreadPoolExecutor(READERS, initializer=partial(torch.cuda.set_device, here)) as pool:
+            yield from pool.map(self.weight, linears)  # kernels start on a thread's own device
 
     def _round_batch(
         self,
         weight_BNK: torch.Tensor,
         modules: Sequence[str],
-        inputs: Sequence[torch.Tensor] | None,
-        pooled: torch.Tensor | None,
+        fed: Fed | None,
         result: LayerRounding,
-        *,
-        pooled_is_shared: bool,
     ) -> Quantized:
         scheme = self.schemes[modules[0]]
         assert scheme is not None
         divisor_B = None
         if scheme.kind == "nvfp4":
             divisor_B = global_divisor(weight_BNK.abs().amax(dim=(1, 2)))
-        solved_by_gptq = modules[0] in self.damping and not scheme.kind.startswith("fp8")
-        if inputs is None or pooled is None or not solved_by_gptq:
+        if fed is None or fed.hessian_BKK is None:
             return round_to_nearest(
                 weight_BNK, scheme, global_scale_B=divisor_B, scale_dtype=self.scale_dtype
             )
-        hessian_BKK = torch.stack([_per_token_hessian(x) for x in inputs])
-        tokens_B = torch.tensor([len(x) for x in inputs])
-        if pooled_is_shared:
-            toward = pooled
-        else:  # channels of down's inputs mean something else in every expert
-            seen = hessian_BKK[tokens_B > 0]
-            size = hessian_BKK.shape[-1]
-            toward = isotropic(seen.mean(0)) if len(seen) else torch.eye(size, device=self.device)
         solved = gptq(
             weight_BNK,
-            shrink_hessian(hessian_BKK, tokens_B, toward),
+            fed.hessian_BKK,
             scheme,
             global_scale_B=divisor_B,
             scale_dtype=self.scale_dtype,
             settings=GptqSettings(damping=self.damping[modules[0]]),
         )
-        for index, module in enumerate(modules):
-            result.errors[module] = float(solved.relative_error_B()[index])
-            if bool(solved.fell_back_B[index]):
+        errors, fell_back = solved.relative_error_B().tolist(), solved.fell_back_B.tolist()
+        for module, error, fell in zip(modules, errors, fell_back, strict=True):
+            result.errors[module] = error
+            if fell:
                 result.fell_back.append(module)
         return solved.quantized
+
+    def put_in_place(
+        self,
+        sets: Sequence[Mapping[int, ExpertLinears]],
+        loaded: RoutedExperts,
+        result: LayerRounding,
+    ) -> None:
+        """Decoded rounded weights instead of the experts' own: of sets that others rounded."""
+        for experts in sets:
+            for down in (False, True):
+                self._put_in_place(experts, loaded, result, down=down)
+
+    def _put_in_place(
+        self,
+        experts: Mapping[int, ExpertLinears],
+        loaded: RoutedExperts,
+        result: LayerRounding,
+        *,
+        down: bool,
+    ) -> None:
+        """Decoded rounded weights instead of the experts' own, in their type."""
+        weights = loaded.weights
+        assert weights is not None
+        joined = weights.down_for_mm if down else weights.up_for_mm
+        for expert, parts in experts.items():
+            begin = 0
+            for linear in (parts.down,) if down else parts.ups:
+                end = begin + linear.shape[0]
+                joined[expert, :, begin:end].copy_(self.decoded(linear.module, result).T)
+                begin = end
+
+    def decoded(self, module: str, result: LayerRounding) -> torch.Tensor:
+        """What a rounded matrix is worth, float32 [out, in]."""
+        scheme = self.schemes[module]
+        assert scheme is not None
+        return dequantize(result.quantized[module], scheme)
 
     def _fill_largest(self, experts: Mapping[int, ExpertLinears], result: LayerRounding) -> None:
         """Experts that saw no token take the largest input of their layer's others."""
@@ -310,6 +442,12 @@ class LayerRounder:
                 result.largest_input[module] = result.largest_input[module] or largest
 
 
+def widest_of(experts: Mapping[int, ExpertLinears]) -> int:
+    """Inputs of the widest matrix of an expert."""
+    first = next(iter(experts.values()))
+    return max(first.up.shape[1], first.down.shape[1])
+
+
 def rows_of(q: Quantized, begin: int, end: int, scheme: Scheme) -> Quantized:
     """Rows of a stacked weight (FP8 blocks must not be cut)."""
     if scheme.kind == "fp8_block":
@@ -319,32 +457,3 @@ def rows_of(q: Quantized, begin: int, end: int, scheme: Scheme) -> Quantized:
         scale = q.scale[begin:end]
     zero = None if q.zero_point is None else q.zero_point[begin:end]
     return Quantized(q.codes[begin:end], scale, zero, q.global_scale)
-
-
-def _per_token_hessian(x_NK: torch.Tensor) -> torch.Tensor:
-    x = x_NK.float()
-    return x.T @ x / max(1, len(x))
-
-
-def _pooled(routed: RoutedInputs, device: torch.device) -> torch.Tensor:
-    """The Hessian a routed token of this layer has on average (gate and up), float32 [D, D]."""
-    total: torch.Tensor | None = None
-    pairs = 0
-    for x_TD, (_, token_P, weight_P) in zip(routed.inputs, routed.pairs, strict=True):
-        weight_T = torch.bincount(
-            token_P,
-            None if weight_P is None else weight_P.float() ** 2,
-            minlength=len(x_TD),
-        )
-        x = x_TD.to(device).float()
-        part = x.T @ (x * weight_T.to(x)[:, None])
-        total = part if total is None else total + part
-        pairs += len(token_P)
-    assert total is not None
-    return total / max(1, pairs)
-
-
-def _largest(inputs: Sequence[torch.Tensor] | None, index: int) -> float:
-    if inputs is None or len(inputs[index]) == 0:
-        return 0.0
-    return float(inputs[index].abs().amax())

@@ -8,45 +8,50 @@
 Rounding to nearest in a format without input scales needs no tokens and runs nothing. With
 `propagate="original"` every layer sees the intact model's hidden states and is run once.
 
-What a killed job has written counts: shards are recorded one by one, hidden states in snapshots.
+A layer's shards are written while the next one is computed. What a killed job has written counts:
+shards are recorded one by one, hidden states in snapshots, once everything before them is written.
 Layers after the last snapshot are computed again to the same bytes.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 
-from calibration.batches import BATCH_TOKENS, Batch
+from calibration.batches import BATCH_TOKENS
 from calibration.hidden_states import HiddenStates
-from calibration.resume import begin_at
+from calibration.resume import begin_at, keep_place
 from calibration.stream import LayerWalk, SnapshotClock
 from calibration.tokens import TokenSet
 from models.architecture import ModelSpec
 from models.errors import InputError
-from models.experts import RoutedBatch
 from models.journal import Journal, json_bytes
 from models.manifest import read_manifest, versions, write_manifest
 from models.memory import release_freed_memory
 from models.opening import OpenModel, compute_device, compute_dtype
+from models.processes import ALONE, Processes
 from models.progress import Progress, Step, silent
+from models.shared_journal import open_journal
 from models.skeleton import Skeleton
 from models.writer import MAX_SHARD_BYTES, carry_files, write_file
 from quant.config import with_quantization
 from quant.export import Layout, check_export, export_config, extra_files
 from quant.gptq import GptqSettings
-from quant.inputs import LinearInputs, RoutedInputs, watched
-from quant.layer import LayerRounder, LayerRounding, experts_of
+from quant.layer import LayerRounder, LayerRounding
 from quant.linears import Linear, find_linears, head_module
-from quant.output import UnitShards
+from quant.output import UnitShards, UnitWriter
 from quant.recipes import Recipe, schemes_of
-from quant.schemes import Scheme, dequantize
+from quant.schemes import Scheme
+from quant.sharing import round_layer
 from quant.tensors import OutputTensors
+from quant.walked_layer import walk_layer
 
 Method = Literal["gptq", "rtn"]
 REST = "rest"  # unit of what lies outside the layers
@@ -161,11 +166,13 @@ def quantize(
     ahead: Ahead | None = None,
     force: bool = False,
     progress: Progress = silent,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Write `opened` quantized by `recipe` to `out` and return the manifest.
 
     `ahead` makes layers of `opened` readable before they are needed (a source that is pruned on
-    the way); what it was asked to do is part of the job.
+    the way); what it was asked to do is part of the job. Called in each of several `processes`,
+    it deals batches and matrices among them (quant/sharing.py); the first one writes.
 
     Killed at any moment and called again, it goes on and ends with the same bytes. Raises
     InputError for conflicts between model, recipe and method, and for a folder that is not ours.
@@ -195,34 +202,53 @@ def quantize(
         "versions": versions(),
         **(ahead.job if ahead is not None else {}),
     }
-    with Journal.open(out, job, force) as journal:
+    with open_journal(out, job, force, processes) as journal:
         if journal.complete:
             return read_manifest(out)
-        plan.shards.check(journal)
-        write_config(plan, journal)
+        processes.from_first(lambda: begin_output(plan, journal))
         if ahead is not None:
             ahead.begin(journal)
         walk = None
         if runs and tokens is not None:
             skeleton = Skeleton(opened.source, dtype=plan.dtype, device=device)
             states = HiddenStates(journal.folder / "hidden", settings.memory)
-            walk = LayerWalk(skeleton, tokens, states, batch_tokens)
-        report = run_layers(plan, walk, settings, device, journal, progress, ahead)
-        if ahead is not None:
-            ahead.finish(journal)
-        plan.shards.write_index(journal)
-        facts = {
-            "source": {
-                "path": str(opened.checkpoint.root.resolve()),
-                "digest": opened.checkpoint.digest(),
-            },
-            "family": opened.spec.family,
-            "inputs": dict(inputs or {}),
-            "recipe": recipe.to_json(),
-            "total_size": plan.shards.total_size,
-            "rounding": report,
-        }
-        return write_manifest(journal, started, facts)
+            walk = LayerWalk(skeleton, tokens, states, batch_tokens, processes=processes)
+        run_layers(plan, walk, settings, device, journal, progress, ahead, processes)
+        return processes.from_first(
+            lambda: end_output(plan, journal, started, dict(inputs or {}), ahead)
+        )
+
+
+def begin_output(plan: QuantizePlan, journal: Journal) -> None:
+    """What is written and checked before the first layer."""
+    plan.shards.check(journal)
+    write_config(plan, journal)
+
+
+def end_output(
+    plan: QuantizePlan,
+    journal: Journal,
+    started: float,
+    inputs: Mapping[str, Any],
+    ahead: Ahead | None,
+) -> dict[str, Any]:
+    """What is written behind the last layer; the manifest."""
+    if ahead is not None:
+        ahead.finish(journal)
+    plan.shards.write_index(journal)
+    opened = plan.opened
+    facts = {
+        "source": {
+            "path": str(opened.checkpoint.root.resolve()),
+            "digest": opened.checkpoint.digest(),
+        },
+        "family": opened.spec.family,
+        "inputs": inputs,
+        "recipe": plan.recipe.to_json(),
+        "total_size": plan.shards.total_size,
+        "rounding": summary(journal),
+    }
+    return write_manifest(journal, started, facts)
 
 
 def needs_tokens(plan: QuantizePlan) -> bool:
@@ -260,7 +286,8 @@ def run_layers(
     journal: Journal,
     progress: Progress,
     ahead: Ahead | None,
-) -> dict[str, Any]:
+    processes: Processes,
+) -> None:
     """Round and write every unit; the loop of the module's docstring."""
     rounder = LayerRounder(
         plan.opened.source,
@@ -273,41 +300,44 @@ def run_layers(
     begin = 0 if walk is None else begin_at(walk, journal, "hidden")
     clock = SnapshotClock()
     units = list(plan.by_unit)
-    last: LayerRounding | None = None
-    for number, unit in enumerate(units):
-        layer = None if unit == REST else int(unit.split()[1])
-        in_walk = walk is not None and layer is not None and layer < num_layers
-        if ahead is not None and layer is not None:
-            ahead.prepare(layer)
-        if in_walk and walk is not None and layer is not None:
-            if layer >= begin:
-                last = _walk_layer(plan, rounder, walk, layer, settings)
-                _write_unit(plan, unit, last, journal)
-                if clock.due() or layer == num_layers - 1:
-                    clock_start = time.monotonic()
-                    hidden = walk.hidden_states.snapshot(layer + 1)
-                    journal.record(f"hidden {layer}", hidden=hidden)
-                    walk.hidden_states.forget_before(layer + 1)
-                    clock.took(time.monotonic() - clock_start)
-        elif not plan.shards.written(unit, journal):
-            result = LayerRounding()
-            linears = linears_of(plan, layer)
-            rounder.round_linears(linears, None, result)
-            rounder.round_experts(linears, None, None, result)
-            if last is not None:
-                borrow_largest(result, last, plan.opened.spec, layer)
-            _write_unit(plan, unit, result, journal)
-        release_freed_memory()
-        progress(
-            Step(
-                job="quantize",
-                done=number + 1,
-                total=len(units),
-                tokens=0 if walk is None or layer is None else (layer + 1) * walk.num_tokens,
-                note=unit,
+    last_ranges: Mapping[str, float] = {}  # of the last layer's inputs; its weights are let go
+    with UnitWriter() as writer:
+        for number, unit in enumerate(units):
+            layer = None if unit == REST else int(unit.split()[1])
+            in_walk = walk is not None and layer is not None and layer < num_layers
+            if ahead is not None and layer is not None:
+                ahead.prepare(layer)
+            if in_walk and walk is not None and layer is not None:
+                if layer >= begin:
+                    compressed = settings.propagate == "compressed"
+                    own = linears_of(plan, layer)
+                    result = walk_layer(rounder, walk, layer, own, compressed=compressed)
+                    last_ranges = result.largest_input
+                    if processes.is_first:
+                        _write_unit(plan, unit, result, journal, writer)
+                    del result
+                    keep_place(walk, journal, f"hidden {layer}", layer, clock, writer.wait)
+            elif not processes.from_first(partial(plan.shards.written, unit, journal)):
+                if walk is None:  # nothing is run between two units: read on while one is rounded
+                    following = units[min(number + 1, len(units) - 1)]
+                    plan.opened.source.prefetch(plan.by_unit[following])
+                linears = linears_of(plan, layer)
+                result = round_layer(rounder, linears, processes)
+                if last_ranges:
+                    borrow_largest(result, last_ranges, plan.opened.spec, layer)
+                if processes.is_first:
+                    _write_unit(plan, unit, result, journal, writer)
+                del result
+            release_freed_memory()
+            progress(
+                Step(
+                    job="quantize",
+                    done=number + 1,
+                    total=len(units),
+                    tokens=0 if walk is None or layer is None else (layer + 1) * walk.num_tokens,
+                    note=unit,
+                )
             )
-        )
-    return summary(journal)
 
 
 def linears_of(plan: QuantizePlan, layer: int | None) -> list[Linear]:
@@ -316,36 +346,49 @@ def linears_of(plan: QuantizePlan, layer: int | None) -> list[Linear]:
 
 
 def borrow_largest(
-    result: LayerRounding, last: LayerRounding, spec: ModelSpec, layer: int | None
+    result: LayerRounding, last: Mapping[str, float], spec: ModelSpec, layer: int | None
 ) -> None:
     """Input ranges of an MTP layer, which is not run: those of the last decoder layer."""
     if layer is None:
         return
     old, new = f"layers.{spec.num_layers - 1}.", f"layers.{layer}."
     for module in result.quantized:
-        same = last.largest_input.get(module.replace(new, old, 1), 0.0)
+        same = last.get(module.replace(new, old, 1), 0.0)
         result.largest_input[module] = same
 
 
-def _write_unit(plan: QuantizePlan, unit: str, result: LayerRounding, journal: Journal) -> None:
+def _write_unit(
+    plan: QuantizePlan,
+    unit: str,
+    result: LayerRounding,
+    journal: Journal,
+    writer: UnitWriter,
+) -> None:
+    """Pack what was rounded, and have it written and recorded."""
+    writer.wait()  # one unit in memory besides this one
     made = {
         tensor.name: tensor
         for name in plan.by_unit[unit]
         for tensor in plan.tensors.made(name, result)
     }
-    plan.shards.write(unit, made, journal)
-    if not journal.done(f"rounded {unit}"):
-        worst = sorted(result.errors.items(), key=lambda item: -item[1])[:3]
-        journal.record(
-            f"rounded {unit}",
-            matrices=len(result.quantized),
-            without_tokens=result.without_tokens,
-            few_tokens=result.few_tokens,
-            fell_back=result.fell_back,
-            mean_error=sum(result.errors.values()) / max(1, len(result.errors)),
-            worst=dict(worst),
-            by_kind=errors_by_kind(plan.linears, result.errors),
-        )
+    # sorted and summed so that the order of rounding, which processes share, does not show
+    worst = sorted(result.errors.items(), key=lambda item: (-item[1], item[0]))[:3]
+    facts = {
+        "matrices": len(result.quantized),
+        "without_tokens": result.without_tokens,
+        "few_tokens": result.few_tokens,
+        "fell_back": sorted(result.fell_back),
+        "mean_error": math.fsum(result.errors.values()) / max(1, len(result.errors)),
+        "worst": dict(worst),
+        "by_kind": errors_by_kind(plan.linears, result.errors),
+    }
+
+    def write() -> None:
+        plan.shards.write(unit, made, journal)
+        if not journal.done(f"rounded {unit}"):
+            journal.record(f"rounded {unit}", **facts)
+
+    writer.begin(write)
 
 
 def errors_by_kind(
@@ -357,7 +400,7 @@ def errors_by_kind(
     for module, error in errors.items():
         found.setdefault(f"{kinds[module]} {module.rpartition('.')[2]}", []).append(error)
     return {
-        kind: {"matrices": len(own), "mean": sum(own) / len(own), "max": max(own)}
+        kind: {"matrices": len(own), "mean": math.fsum(own) / len(own), "max": max(own)}
         for kind, own in sorted(found.items())
     }
 
@@ -369,88 +412,3 @@ def summary(journal: Journal) -> dict[str, Any]:
         for unit in journal.units()
         if unit.startswith("rounded ")
     }
-
-
-def _walk_layer(
-    plan: QuantizePlan,
-    rounder: LayerRounder,
-    walk: LayerWalk,
-    layer: int,
-    settings: QuantizeSettings,
-) -> LayerRounding:
-    """Run, round, put in place, run again; the carries entering layer + 1 are left behind."""
-    skeleton = walk.skeleton
-    linears = linears_of(plan, layer)
-    routed = RoutedInputs(plan.opened.spec.num_experts_of(layer))
-    current: list[Batch] = []
-
-    def keep(record: RoutedBatch) -> None:
-        routed.add(record, current[0])
-
-    has_experts = bool(experts_of(linears))
-    skeleton.load_layer(layer, keep if has_experts else None)
-    skeleton.prefetch_layer(layer + 1)
-    modules = loaded_modules(plan.schemes, skeleton, layer, linears)
-    inputs = LinearInputs(with_hessian=bool(plan.damping))
-    compressed = settings.propagate == "compressed"
-    with watched(modules, inputs, current):
-        walk.pass_through(layer, current, keep_output=not compressed)
-    result = LayerRounding()
-    rounder.round_linears(linears, inputs, result)
-    activate = skeleton.experts[layer].activate if layer in skeleton.experts else None
-    rounder.round_experts(linears, routed if has_experts else None, activate, result)
-    if compressed:
-        put_in_place(plan.schemes, skeleton, layer, linears, result)
-        if layer in skeleton.experts:
-            skeleton.experts[layer].observe = None
-        walk.pass_through(layer, current, keep_output=True)
-    skeleton.unload_layer(layer)
-    walk.hidden_states.forget_from_ram(layer)
-    return result
-
-
-def loaded_modules(
-    schemes: Mapping[str, Scheme | None],
-    skeleton: Skeleton,
-    layer: int,
-    linears: Sequence[Linear],
-) -> dict[str, torch.nn.Linear]:
-    """Module path -> the loaded layer's module, of matrices outside the experts with a scheme."""
-    return {
-        linear.module: module
-        for linear in linears
-        if not linear.is_expert
-        and schemes[linear.module] is not None
-        and (module := skeleton.linear_of(layer, linear.logical)) is not None
-    }
-
-
-def put_in_place(
-    schemes: Mapping[str, Scheme | None],
-    skeleton: Skeleton,
-    layer: int,
-    linears: Sequence[Linear],
-    result: LayerRounding,
-) -> None:
-    """Decoded rounded weights instead of the layer's own, in compute dtype."""
-
-    def decoded(module: str) -> torch.Tensor:
-        scheme = schemes[module]
-        assert scheme is not None
-        value = dequantize(result.quantized[module], scheme)
-        return value.to(skeleton.device, skeleton.dtype)
-
-    for name, module in loaded_modules(schemes, skeleton, layer, linears).items():
-        weight = module.get_parameter("weight")
-        weight.data = decoded(name)
-    if layer not in skeleton.experts:
-        return
-    weights = skeleton.experts[layer].weights
-    assert weights is not None
-    for expert, parts in experts_of(linears).items():
-        if schemes[parts.up.module] is None:
-            continue
-        up = torch.cat([decoded(one.module) for one in (parts.gate, parts.up) if one is not None])
-        down = decoded(parts.down.module)
-        weights.up[expert].copy_(up.T if weights.transposed else up)
-        weights.down[expert].copy_(down.T if weights.transposed else down)

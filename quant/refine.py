@@ -22,10 +22,12 @@ from __future__ import annotations
 import torch
 
 from quant.columns import rounded_in_order
+from quant.device import has_kernels
 from quant.factor import Factor, factorise
 from quant.grid import Grid
 
 FACTORS = (1.0, 0.95, 1.05, 0.9, 1.1)
+KERNEL_GROUP = 128  # the largest group kernels refine
 
 
 def refine(
@@ -40,6 +42,13 @@ def refine(
     """Improve grid values and stored steps in place; zero points stay."""
     groups = step_BGN.shape[1]
     size = weight_BKN.shape[1] // groups
+    if has_kernels(weight_BKN) and size <= KERNEL_GROUP:
+        from quant.kernels import refinement
+
+        refinement.refine(
+            weight_BKN, values_BKN, step_BGN, zero_BGN, hessian_BKK, grid, sweeps, FACTORS
+        )
+        return
     factors = group_factors(hessian_BKK, size)
     spread = step_BGN.repeat_interleave(size, dim=1)
     residual = weight_BKN - values_BKN * spread

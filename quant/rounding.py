@@ -25,12 +25,14 @@ from __future__ import annotations
 
 import torch
 
+from quant.device import has_kernels
 from quant.grid import E2M1_MAX, E4M3_MAX, Grid
 from quant.nvfp4 import block_factors, global_divisor
 from quant.schemes import FP8_BLOCK_SIDE, Quantized, Scheme
 
 SEARCHED_AT_ONCE = 1 << 21  # weights; bounds the temporaries of a search
 LEAST_SQUARES_ROUNDS = 2
+KERNEL_GROUPS = (8, 16, 32, 64, 128, 256)  # sizes of groups that a kernel searches
 
 
 def round_to_nearest(
@@ -49,16 +51,26 @@ def round_to_nearest(
     K must fit the scheme's groups (`Scheme.check`).
     """
     batch = weight_BNK.shape[:-2]
-    weight = weight_BNK.detach().float().reshape(-1, *weight_BNK.shape[-2:])
+    stored = weight_BNK.detach().reshape(-1, *weight_BNK.shape[-2:])
+    weight = stored.float()
     importance = None if importance_BK is None else importance_BK.float().reshape(len(weight), -1)
     grid = make_grid(weight, scheme, global_scale_B, scale_dtype)
     if scheme.kind == "fp8_block":
+        if has_kernels(stored):
+            from quant.kernels.pack import fp8_blocks
+
+            return _unbatched(Quantized(*fp8_blocks(stored)), batch)
         step = grid.stored(_block_amax(weight) / E4M3_MAX)
         values = grid.nearest(weight / spread_blocks(step, weight.shape))
         return _unbatched(grid.quantized(values, step), batch)
     step, zero = searched_steps(weight, grid, importance, search=search)
-    values = torch.empty_like(weight)
     size = weight.shape[-1] // step.shape[-1]
+    if has_kernels(stored) and size in KERNEL_GROUPS:
+        from quant.kernels.pack import round_codes
+
+        codes = round_codes(stored, step, zero, grid)
+        return _unbatched(grid.with_codes(codes, step, zero), batch)
+    values = torch.empty_like(weight)
     for chunk in row_chunks(weight.shape):
         grouped = weight[:, chunk].unflatten(-1, (-1, size))
         at = None if zero is None else zero[:, chunk].unsqueeze(-1)
@@ -97,6 +109,12 @@ def searched_steps(
         step = grid.stored(_block_amax(weight_BNK) / E4M3_MAX)
         return step.repeat_interleave(FP8_BLOCK_SIDE, dim=-2)[:, :rows], None
     size = grid.scheme.group_size or columns
+    if has_kernels(weight_BNK) and size in KERNEL_GROUPS:
+        from quant.kernels import search as kernels
+
+        rounds = LEAST_SQUARES_ROUNDS if search and grid.scheme.kind == "int" else 0
+        factors = candidate_factors(grid.scheme, search)
+        return kernels.searched_steps(weight_BNK, grid, importance_BK, factors, rounds)
     shape = (batch, rows, columns // size)
     step = weight_BNK.new_empty(shape)
     zero = None if grid.scheme.symmetric else weight_BNK.new_empty(shape)
@@ -169,19 +187,19 @@ def _try_candidates(best: _Best, search: bool) -> None:
         best.offer(best.amax / E4M3_MAX)
         return
     if scheme.kind == "nvfp4":
-        for factor in block_factors(search):
+        for factor in candidate_factors(scheme, search):
             best.offer(best.amax / E2M1_MAX * factor)
         return
     full = best.amax / (levels // 2)
     if scheme.symmetric:
         outward = torch.where(best.high > -best.low, -full, full)
-        for factor in _int_factors(scheme.bits, search):
+        for factor in candidate_factors(scheme, search):
             best.offer(outward * factor)
             best.offer(outward * -factor)
     else:
         low, high = best.low.clamp(max=0), best.high.clamp(min=0)
         middle = torch.full_like(full, levels // 2)
-        for factor in _int_factors(scheme.bits, search):
+        for factor in candidate_factors(scheme, search):
             step = best.grid.stored((high - low) * (factor / (levels - 1)))
             best.offer(step, torch.round(-low * factor / step).clamp_(0, levels - 1))
             best.offer(full * factor, middle)
@@ -191,11 +209,13 @@ def _try_candidates(best: _Best, search: bool) -> None:
         best.offer(best.least_squares(at), at)
 
 
-def _int_factors(bits: int, search: bool) -> tuple[float, ...]:
+def candidate_factors(scheme: Scheme, search: bool) -> tuple[float, ...]:
     """Factors of the plain scale, 1 first. The fewer the levels, the more shrinking pays."""
+    if scheme.kind == "nvfp4":
+        return block_factors(search)
     if not search:
         return (1.0,)
-    percents = range(40, 111, 5) if bits <= 4 else range(90, 102, 1)
+    percents = range(40, 111, 5) if scheme.bits <= 4 else range(90, 102, 1)
     return (1.0, *(percent / 100 for percent in percents))
 
 

@@ -8,7 +8,6 @@ reading of a layer finds it in the page cache), and the plan equals that of the 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +15,12 @@ from typing import Any
 import torch
 
 from calibration.hidden_states import HiddenStates
-from calibration.resume import begin_at
+from calibration.resume import begin_at, keep_place
 from calibration.stream import LayerWalk, SnapshotClock
 from calibration.tokens import TokenSet
 from models.journal import Journal
 from models.opening import OpenModel
+from models.processes import ALONE, Processes
 from models.skeleton import Skeleton
 from models.writer import write_file
 from reap.criteria import OUTPUT_ERROR, score_experts
@@ -30,7 +30,8 @@ from reap.elimination import least_damaging
 from reap.plan import PrunePlan, best_experts
 from reap.pruned_source import PrunedSource
 from reap.quotas import GroupMode, quota_groups
-from reap.score import DamageWatch, damage_path, read_layer, summing, write_layer
+from reap.score import DamageWatch, damage_path, read_layer, summing_batches, write_layer
+from reap.shared_sums import SharedSums
 from reap.stats import LayerStats, SaliencyStats
 
 NAME = "intact"
@@ -50,6 +51,7 @@ class PruneAhead:
     dtype: torch.dtype
     memory: int | None
     batch_tokens: int
+    processes: Processes = ALONE
     walk: LayerWalk | None = None
     journal: Journal | None = None
     next_layer: int = 0
@@ -74,7 +76,9 @@ class PruneAhead:
         self.journal = journal
         skeleton = Skeleton(self.opened.source, dtype=self.dtype, device=self.device)
         states = HiddenStates(journal.folder / "hidden-intact", self.memory)
-        self.walk = LayerWalk(skeleton, self.tokens, states, self.batch_tokens)
+        self.walk = LayerWalk(
+            skeleton, self.tokens, states, self.batch_tokens, processes=self.processes
+        )
         size = SAMPLED_TOKENS if self.criterion == OUTPUT_ERROR else 0
         self.damage = DamageWatch(self.walk, journal, size)
         self.next_layer = begin_at(self.walk, journal, NAME)
@@ -86,39 +90,38 @@ class PruneAhead:
             self._score(self.next_layer)
             self.next_layer += 1
         if layer in self.source.plan.layers:
-            sums = self._stats(layer).pooled()
-            num_groups = quota_groups(self.opened.spec, self.groups)
-            keep = self.source.plan.keep
-            if self.criterion == OUTPUT_ERROR:
-                assert self.journal is not None
-                damage = read_layer_damage(damage_path(self.journal, layer), layer)
-                kept, error = least_damaging(damage, keep, num_groups, sums)
-                self.errors[str(layer)] = round(error, 6)
-            else:
-                scores = score_experts(self.criterion, sums, layer=layer, seed=self.seed)
-                kept = best_experts(scores, keep, num_groups)
+            kept, error = self.processes.from_first(lambda: self._choose(layer))
             self.source.keep(layer, kept)
+            if error is not None:
+                self.errors[str(layer)] = round(error, 6)
+
+    def _choose(self, layer: int) -> tuple[tuple[int, ...], float | None]:
+        """The experts `layer` keeps and, by output error, what it costs."""
+        sums = self._stats(layer).pooled()
+        num_groups = quota_groups(self.opened.spec, self.groups)
+        keep = self.source.plan.keep
+        if self.criterion == OUTPUT_ERROR:
+            assert self.journal is not None
+            damage = read_layer_damage(damage_path(self.journal, layer), layer)
+            return least_damaging(damage, keep, num_groups, sums)
+        scores = score_experts(self.criterion, sums, layer=layer, seed=self.seed)
+        return best_experts(scores, keep, num_groups), None
 
     def _score(self, layer: int) -> None:
         walk, journal = self.walk, self.journal
         assert walk is not None
         assert journal is not None
         if layer in self.source.plan.layers:
-            stats = LayerStats.empty(
-                self.opened.spec.num_experts, tuple(self.tokens.domains), self.device
-            )
+            num_experts, domains = self.opened.spec.num_experts, tuple(self.tokens.domains)
+            sums = SharedSums(self.processes, num_experts, domains, self.device)
             assert self.damage is not None
-            observe = self.damage.beside(layer, summing(stats))
+            observe = self.damage.beside(layer, summing_batches(sums))
             walk.run(layer, observe, *self.damage.finisher(layer))
-            write_layer(journal, layer, stats)
+            write_layer(journal, layer, sums)
         else:
             walk.run(layer)
         walk.hidden_states.forget_from_ram(layer)
-        if self.clock.due() or layer == walk.num_layers - 1:
-            began = time.monotonic()
-            journal.record(f"{NAME} {layer}", hidden=walk.hidden_states.snapshot(layer + 1))
-            walk.hidden_states.forget_before(layer + 1)
-            self.clock.took(time.monotonic() - began)
+        keep_place(walk, journal, f"{NAME} {layer}", layer, self.clock)
 
     def _stats(self, layer: int) -> LayerStats:
         assert self.journal is not None

@@ -36,6 +36,7 @@ from calibration.batches import PADDING, Batch
 from calibration.tokens import TokenSet
 from models.errors import InputError
 from models.experts import RoutedBatch, RoutedExperts
+from models.processes import ALONE, Processes
 from models.skeleton import Carry, Skeleton
 from reap.routing import Router, RoutingLaw, identify
 
@@ -95,20 +96,18 @@ def sampled_rows(
 
 @dataclass(slots=True)
 class DamageCollector:
-    """Fills a `LayerDamage` in one pass over the batches of a layer."""
+    """Fills a `LayerDamage` in one pass over the batches of a layer, dealt to `processes`."""
 
     layer: int
     num_experts: int
     top_k: int
     rows: dict[tuple[int, ...], torch.Tensor]
+    processes: Processes = ALONE
     inputs: list[torch.Tensor] = field(default_factory=list)
     weights: list[torch.Tensor] = field(default_factory=list)
     token_weights: list[torch.Tensor] = field(default_factory=list)
-    gram_EE: torch.Tensor = field(init=False)
+    grams: list[torch.Tensor] = field(default_factory=list)  # [E, E]: one, or one for each batch
     pending: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        self.gram_EE = torch.zeros(self.num_experts, self.num_experts, dtype=torch.float64)
 
     def routed(self, record: RoutedBatch, batch: Batch) -> None:
         """What the layer's experts did with a batch."""
@@ -150,14 +149,27 @@ class DamageCollector:
         cell = (expert_TK[:, :, None] * self.num_experts + expert_TK[:, None, :]).cpu()
         # on the CPU, as all sums (reap/sums.py): a GPU's scatter-add is not reproducible
         total = torch.bincount(
-            cell.flatten(), weighted.cpu().double().flatten(), minlength=self.gram_EE.numel()
+            cell.flatten(), weighted.cpu().double().flatten(), minlength=self.num_experts**2
         )
-        self.gram_EE += total.view_as(self.gram_EE)
+        if self.processes.size > 1 or not self.grams:
+            self.grams.append(self._no_gram())
+        self.grams[-1] += total.view(self.num_experts, -1)
+
+    def _no_gram(self) -> torch.Tensor:
+        return torch.zeros(self.num_experts, self.num_experts, dtype=torch.float64)
+
+    def gather(self) -> None:
+        """Bring what all processes collected together, in the order of the batches."""
+        if self.processes.size > 1:
+            self.inputs = self.processes.gather_dealt([rows.cpu() for rows in self.inputs])
+            self.weights = self.processes.gather_dealt(self.weights)
+            self.token_weights = self.processes.gather_dealt(self.token_weights)
+            self.grams = self.processes.gather_dealt(self.grams)
 
     @torch.inference_mode()
     def finish(self, skeleton: Skeleton) -> LayerDamage:
         """The statistics, while the layer is loaded. InputError when its router is not known."""
-        inputs_RD = torch.cat(self.inputs)
+        inputs_RD = torch.cat(self.inputs).to(skeleton.device)
         weights_RE = torch.cat(self.weights)
         router = self._router(skeleton, inputs_RD, weights_RE)
         zero_to_all = torch.ones(self.num_experts, dtype=torch.bool)
@@ -186,7 +198,7 @@ class DamageCollector:
             candidates_RC=candidates_RC.to(torch.int16),
             products_RCC=products_RCC,
             token_weight_R=torch.cat(self.token_weights),
-            gram_EE=self.gram_EE,
+            gram_EE=sum(self.grams, self._no_gram()),
             norm_sq_E=(sum_E / count_E.clamp_min(1)).float(),
         )
 

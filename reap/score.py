@@ -33,11 +33,14 @@ from models.journal import Journal, write_atomically
 from models.manifest import versions, write_manifest
 from models.mtp import MTPLayer, runnable_mtp_layers
 from models.opening import OpenModel, compute_device, compute_dtype, open_model
+from models.processes import ALONE, Processes
 from models.progress import Progress, Step, silent
+from models.shared_journal import open_journal
 from models.skeleton import Skeleton
 from models.writer import unit_of
 from reap.damage import DamageCollector, sampled_rows
 from reap.damage_file import DAMAGE_FILE, DamageStats, read_layer_damage, write_layer_damage
+from reap.shared_sums import SharedSums
 from reap.stats import FACTS_FILE, TENSORS_FILE, LayerStats, SaliencyStats
 
 ROWS_NORMED_AT_ONCE = 8192
@@ -66,11 +69,13 @@ def score(
     *,
     force: bool = False,
     progress: Progress = silent,
+    processes: Processes = ALONE,
 ) -> SaliencyStats:
     """Score every routed expert of `model` on `tokens` and write the result to `out`.
 
     The same call on the same folder after an interruption continues and ends with the same
-    bytes. Raises InputError for anything wrong with the model, the tokens or the folder.
+    bytes. Raises InputError for anything wrong with the model, the tokens or the folder. Called
+    in each of several `processes`, it deals the batches among them; the first one writes.
     """
     opened = open_model(model)
     check_tokens(opened, tokens)
@@ -92,34 +97,63 @@ def score(
     }
     if settings.damage_tokens:
         job["damage_tokens"] = settings.damage_tokens
-    with Journal.open(out, job, force=force) as journal:
+    with open_journal(out, job, force, processes) as journal:
         if journal.complete:
             return SaliencyStats.load(out)
-        stats = _score(opened, tokens, journal, settings, (device, dtype, batch_tokens), progress)
-        stats.save(out)
-        written = [TENSORS_FILE, FACTS_FILE]
-        if settings.damage_tokens:
-            read_damage(journal, opened, stats).save(out)
-            written.append(DAMAGE_FILE)
-        for name in written:
-            data = (out / name).read_bytes()
-            digest = hashlib.sha256(data).hexdigest()
-            journal.record(unit_of(name), file=name, bytes=len(data), sha256=digest)
-        facts = {
-            "source": {
-                "path": str(opened.checkpoint.root.resolve()),
-                "digest": opened.checkpoint.digest(),
-            },
-            "family": opened.spec.family,
-            "tokens": {
-                "mix": tokens.mix,
-                "seed": tokens.seed,
-                "by_domain": tokens.counts(),
-                "report": tokens.report(),
-            },
-            "dead_experts": sum(len(dead) for dead in stats.dead_experts().values()),
-        }
-        write_manifest(journal, started, facts)
+        how = (device, dtype, batch_tokens)
+        _run_layers(opened, tokens, journal, settings, how, progress, processes)
+        return processes.from_first(
+            lambda: _write_result(opened, tokens, journal, settings, started)
+        )
+
+
+def _write_result(
+    opened: OpenModel,
+    tokens: TokenSet,
+    journal: Journal,
+    settings: ScoreSettings,
+    started: float,
+) -> SaliencyStats:
+    """The output's files, from the sums of all layers."""
+    out = journal.out
+    domains = tuple(tokens.domains)
+    num_experts = opened.spec.num_experts
+    units = journal.units()
+    mtp_layers = [int(unit.split()[-1]) for unit in units if unit.startswith("score mtp ")]
+    stats = SaliencyStats(
+        layers={
+            layer: read_layer(journal, layer, num_experts, domains)
+            for layer in (*opened.spec.scored_layers, *mtp_layers)
+        },
+        tokens={name: counts["tokens"] for name, counts in tokens.counts().items()},
+        model=opened.checkpoint.root.name,
+        digests={"model": opened.checkpoint.digest(), "tokens": tokens.digest()},
+        versions=versions(),
+    )
+    stats.save(out)
+    written = [TENSORS_FILE, FACTS_FILE]
+    if settings.damage_tokens:
+        read_damage(journal, opened, stats).save(out)
+        written.append(DAMAGE_FILE)
+    for name in written:
+        data = (out / name).read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        journal.record(unit_of(name), file=name, bytes=len(data), sha256=digest)
+    facts = {
+        "source": {
+            "path": str(opened.checkpoint.root.resolve()),
+            "digest": opened.checkpoint.digest(),
+        },
+        "family": opened.spec.family,
+        "tokens": {
+            "mix": tokens.mix,
+            "seed": tokens.seed,
+            "by_domain": tokens.counts(),
+            "report": tokens.report(),
+        },
+        "dead_experts": sum(len(dead) for dead in stats.dead_experts().values()),
+    }
+    write_manifest(journal, started, facts)
     return stats
 
 
@@ -133,33 +167,37 @@ def check_tokens(opened: OpenModel, tokens: TokenSet) -> None:
     tokens.check_vocabulary(vocabulary)
 
 
-def _score(
+def _run_layers(
     opened: OpenModel,
     tokens: TokenSet,
     journal: Journal,
     settings: ScoreSettings,
     how: tuple[torch.device, torch.dtype, int],
     progress: Progress,
-) -> SaliencyStats:
+    processes: Processes,
+) -> None:
+    """Every layer's sums, in files of the job's folder."""
     device, dtype, batch_tokens = how
     skeleton = Skeleton(opened.source, dtype=dtype, device=device)
     states = HiddenStates(journal.folder / "hidden", settings.memory)
-    walk = LayerWalk(skeleton, tokens, states, batch_tokens, pack=settings.pack)
+    walk = LayerWalk(
+        skeleton, tokens, states, batch_tokens, pack=settings.pack, processes=processes
+    )
     domains = tuple(tokens.domains)
     scored = opened.spec.scored_layers
     mtp_layers = runnable_mtp_layers(skeleton)
-    collected: dict[int, LayerStats] = {}
+    collected: dict[int, SharedSums] = {}
     damage = DamageWatch(walk, journal, settings.damage_tokens)
 
     def observer(layer: int) -> BatchObserver | None:
         if layer not in scored:
             return None
-        collected[layer] = LayerStats.empty(opened.spec.num_experts, domains, device)
-        return damage.beside(layer, summing(collected[layer]))
+        collected[layer] = SharedSums(processes, opened.spec.num_experts, domains, device)
+        return damage.beside(layer, summing_batches(collected[layer]))
 
     def after(layer: int) -> None:
         if layer in collected:
-            write_layer(journal, layer, collected[layer])
+            write_layer(journal, layer, collected.pop(layer))
 
     walk_layers(
         walk,
@@ -173,9 +211,9 @@ def _score(
     )
     for number, layer in enumerate(mtp_layers):
         if not journal.done(f"score mtp {layer}"):
-            stats = LayerStats.empty(opened.spec.num_experts, domains, device)
-            _score_mtp(walk, layer, summing(stats), last=number == len(mtp_layers) - 1)
-            write_layer(journal, layer, stats)
+            sums = SharedSums(processes, opened.spec.num_experts, domains, device)
+            _score_mtp(walk, layer, summing_batches(sums), last=number == len(mtp_layers) - 1)
+            write_layer(journal, layer, sums)
             journal.record(f"score mtp {layer}")
         progress(
             Step(
@@ -185,17 +223,11 @@ def _score(
                 note=f"layer {layer} (MTP)",
             )
         )
-    num_experts = opened.spec.num_experts
-    return SaliencyStats(
-        layers={
-            layer: read_layer(journal, layer, num_experts, domains)
-            for layer in (*scored, *mtp_layers)
-        },
-        tokens={name: counts["tokens"] for name, counts in tokens.counts().items()},
-        model=opened.checkpoint.root.name,
-        digests={"model": opened.checkpoint.digest(), "tokens": tokens.digest()},
-        versions=versions(),
-    )
+
+
+def summing_batches(sums: SharedSums) -> BatchObserver:
+    """The observer that adds what each batch's experts did to `sums`."""
+    return lambda record, batch: summing(sums.next())(record, batch)
 
 
 def summing(stats: LayerStats) -> Callable[[RoutedBatch, Batch], None]:
@@ -226,7 +258,9 @@ class DamageWatch:
         if not self.size:
             return observe
         spec = self.walk.skeleton.spec
-        collector = DamageCollector(layer, spec.num_experts, spec.top_k, self.rows)
+        collector = DamageCollector(
+            layer, spec.num_experts, spec.top_k, self.rows, self.walk.processes
+        )
         self.collector = collector
 
         def both(record: RoutedBatch, batch: Batch) -> None:
@@ -242,8 +276,10 @@ class DamageWatch:
             return None, None
 
         def write() -> None:
-            found = collector.finish(self.walk.skeleton)
-            write_layer_damage(damage_path(self.journal, layer), layer, found)
+            collector.gather()
+            if self.walk.processes.is_first:
+                found = collector.finish(self.walk.skeleton)
+                write_layer_damage(damage_path(self.journal, layer), layer, found)
             self.collector = None
 
         return collector.left, write
@@ -290,7 +326,7 @@ def _score_mtp(
     current: list[Batch] = []
     mtp.load(lambda record: observe(record, current[0]))
     skeleton.load_embedding()
-    for number in range(len(walk.cuts)):
+    for number in walk.own:
         batch = walk.batch(number)
         next_ids = batch.input_ids.roll(-1, dims=1)
         # the last token of a sample has no successor: its position counts as padding
@@ -323,10 +359,12 @@ def _sums_path(journal: Journal, layer: int) -> Path:
     return journal.folder / f"sums_{layer:05d}.safetensors"
 
 
-def write_layer(journal: Journal, layer: int, stats: LayerStats) -> None:
-    stats = stats.cpu()
+def write_layer(journal: Journal, layer: int, sums: SharedSums) -> None:
+    """Keep a layer's sums until the job ends; the first process writes them."""
+    stats = sums.total()
     stats.check_finite(layer)
-    write_atomically(_sums_path(journal, layer), save_tensors(stats.to_tensors(layer)))
+    if sums.processes.is_first:
+        write_atomically(_sums_path(journal, layer), save_tensors(stats.to_tensors(layer)))
 
 
 def read_layer(

@@ -4,6 +4,7 @@
               our Triton kernels where Triton is there and supports the format, else torch
     humming, triton, torch
               that one; formats it does not support are an error, so nothing is silently slow
+    int4      runtime/int4.py on a CPU, for the matrices that fit its blocks; torch for the others
 
 Plain (unquantized) weights always go to torch's own products.
 """
@@ -18,18 +19,20 @@ from typing import Literal, get_args
 import torch
 
 from models.errors import InputError
+from runtime.int4 import Int4Kernel
 from runtime.kernel import Kernel, TorchKernel
+from runtime.nibbles import row_order
 from runtime.storage import Storage
 
-Backend = Literal["auto", "humming", "triton", "torch"]
+Backend = Literal["auto", "humming", "triton", "int4", "torch"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
 class Choice:
     """The kernels a model was loaded with."""
 
-    def __init__(self, backend: Backend, device: torch.device) -> None:
-        """InputError for a backend that cannot run here."""
+    def __init__(self, backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
+        """`dtype` is the compute type. InputError for a backend that cannot run here."""
         self.backend = backend
         self.torch = TorchKernel()
         self.kernels: list[Kernel] = []
@@ -38,7 +41,7 @@ class Choice:
         for name in wanted:
             if name == "torch":
                 continue
-            missing = _missing(name, device)
+            missing = _missing(name, device, dtype)
             if missing is None:
                 self.kernels.append(_make(name, device))
             elif backend != "auto":
@@ -49,7 +52,7 @@ class Choice:
         for kernel in self.kernels:
             if storage.kind != "plain" and kernel.supports(storage):
                 return kernel
-        if storage.kind != "plain" and self.backend not in ("auto", "torch"):
+        if storage.kind != "plain" and self.backend in ("humming", "triton"):
             raise InputError(
                 f"--backend {self.backend} does not support {storage.title} with "
                 f"{storage.columns} columns; use --backend auto"
@@ -66,8 +69,14 @@ class Choice:
             yield f"{count:,} matrices in {title}: {kernel}"
 
 
-def _missing(name: str, device: torch.device) -> str | None:
+def _missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run on `device`; None where it can."""
+    if name == "int4":
+        if device.type != "cpu":
+            return f"it runs on a CPU, not on {device.type}"
+        if dtype != torch.bfloat16:
+            return f"it computes in bfloat16, not {str(dtype).removeprefix('torch.')}"
+        return None if row_order() else "the CPU has neither AVX2 nor AVX-512"
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device.type}"
     if importlib.util.find_spec("triton") is None:
@@ -81,6 +90,8 @@ def _missing(name: str, device: torch.device) -> str | None:
 
 
 def _make(name: str, device: torch.device) -> Kernel:
+    if name == "int4":
+        return Int4Kernel()
     if name == "humming":
         from runtime.humming import HummingKernel
 

@@ -23,7 +23,7 @@ from runtime.packed import PackedWeights
 from runtime.storage import Storage
 
 # an entry of a table as one element, by its bytes: gathering those is one move each
-WORD = {8: torch.int64, 16: torch.complex128}
+WORD = {4: torch.int32, 8: torch.int64, 16: torch.complex128}
 SHIFTS = (0, 12, 24, 36)
 
 
@@ -74,20 +74,20 @@ def code_values(storage: Storage, codes: torch.Tensor, dtype: torch.dtype) -> to
     Symmetric integers come centred (code − 2^(bits−1)); FP8 on a CPU comes divided by 256.
     """
     if storage.kind == "nvfp4":
-        return look_up(codes.view(torch.int16), _e2m1_table(dtype, codes.device), dtype)
+        return look_up(codes.view(torch.int16), e2m1_table(dtype, codes.device), dtype)
     if storage.kind == "fp8":
         if codes.device.type != "cpu":
             return codes.to(dtype)
         # the code's bits as those of a float16 are its value / 256 (models/dequantize.py)
-        half = (codes.view(torch.int8).to(torch.int16) << 7).bitwise_and_(-0x4001)
+        half = codes.view(torch.int8).to(torch.int16).mul_(128).bitwise_and_(-0x4001)
         return half.view(torch.float16).to(dtype)
     bits, columns = storage.bits, storage.columns
     offset = 0 if storage.zero_points else 1 << (bits - 1)
     if bits == 3 and columns % 32 == 0:
-        table = _code_table(3, 12, offset, dtype, codes.device)
-        return table.index_select(0, _twelve_bits(codes)).view(dtype).view(-1, columns)
+        table = code_table(3, 12, offset, dtype, codes.device)
+        return table.index_select(0, twelve_bits(codes)).view(dtype).view(-1, columns)
     if bits == 4:
-        table = _code_table(4, 16, offset, dtype, codes.device)
+        table = code_table(4, 16, offset, dtype, codes.device)
         return look_up(codes.view(torch.int16), table, dtype)[:, :columns].contiguous()
     if bits == 8:
         values = codes.view(torch.uint8)[:, :columns].to(dtype)
@@ -110,7 +110,7 @@ def look_up(index: torch.Tensor, table: torch.Tensor, dtype: torch.dtype) -> tor
     return table.index_select(0, places).view(dtype).view(index.shape[0], -1)
 
 
-def _twelve_bits(codes: torch.Tensor) -> torch.Tensor:
+def twelve_bits(codes: torch.Tensor) -> torch.Tensor:
     """int32 words, three for 32 codes of 3 bits -> indices of four codes each, int64, flat.
 
     48 bits (three 16-bit halves) are widened to 64, so that four shifts give four indices.
@@ -122,7 +122,7 @@ def _twelve_bits(codes: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _code_table(
+def code_table(
     bits: int, index_bits: int, offset: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """Entry i: the index_bits // bits codes of i, lowest bits first, less `offset`; one word."""
@@ -132,7 +132,7 @@ def _code_table(
 
 
 @cache
-def _e2m1_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def e2m1_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Entry i: the four E2M1 values of 16 bits, lowest nibble first; one word."""
     index = torch.arange(1 << 16, device=device)
     values = torch.tensor(FP4_VALUES, device=device)

@@ -24,6 +24,7 @@ import torch
 
 from models.errors import InputError
 from runtime.cache import can_join, length, new_cache, rows_join, rows_keep
+from runtime.graph import Graphs
 from runtime.load import Loaded
 from runtime.sampling import Sampler, Sampling
 
@@ -72,6 +73,7 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.batch: list[Request] = []
         self.cache: Any = None
+        self.graphs = Graphs(loaded, self.context)
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
 
@@ -129,6 +131,7 @@ class Engine:
             pending = [*self.batch, *self.waiting]
             self.waiting.clear()
         self.batch, self.cache = [], None
+        self.graphs.forget()
         for request in pending:
             request.error = error
             self._end(request, "error")
@@ -159,6 +162,7 @@ class Engine:
         if request.reason is not None:
             return
         if self.batch:
+            self.graphs.release(self.cache)
             rows_join(self.cache, cache)
         else:
             self.cache = cache
@@ -169,12 +173,14 @@ class Engine:
         device = self.loaded.device
         newest = torch.tensor([[r.tokens[-1]] for r in self.batch], device=device)
         lengths = torch.tensor([[r.length] for r in self.batch], device=device)
-        width = length(self.cache) + 1
-        mask = None
-        if len(self.batch) > 1:
-            place = torch.arange(width, device=device)
-            mask = (place >= width - 1 - lengths).long()
-        logits = self._forward(newest, lengths, mask, self.cache)
+        logits = self.graphs.step(self.cache, newest, lengths)
+        if logits is None:
+            width = length(self.cache) + 1
+            mask = None
+            if len(self.batch) > 1:
+                place = torch.arange(width, device=device)
+                mask = (place >= width - 1 - lengths).long()
+            logits = self._forward(newest, lengths, mask, self.cache)
         largest = logits.argmax(-1).tolist()
         for request, token, row in zip(self.batch, largest, logits, strict=True):
             assert request.sampler is not None
@@ -232,6 +238,8 @@ class Engine:
         self.batch = [self.batch[row] for row in rows]
         if not self.batch:
             self.cache = None
+            self.graphs.forget()
             return
+        self.graphs.release(self.cache)
         needed = max(request.length for request in self.batch)
         rows_keep(self.cache, rows, length(self.cache) - needed)

@@ -12,6 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import _default_apply_gate
 
 from models.experts import ExpertWeights, RoutedExperts
 from runtime.kernel import Kernel
@@ -48,6 +50,14 @@ class PackedExperts(RoutedExperts):
         self.register_parameter("down_bias", None)
         self.identity_experts = False  # LongCat's ids beyond the last expert
         self.kernel: Kernel | None = None
+
+    @property
+    def swiglu(self) -> bool:
+        """Whether `activate` is silu(gate) · up and nothing else, so that a kernel may form it."""
+        original = self._original[0]
+        own_gate = getattr(type(original), "_apply_gate", _default_apply_gate)
+        silu = isinstance(original.act_fn, (nn.SiLU, SiLUActivation))
+        return self.gated and silu and own_gate is _default_apply_gate
 
     def view_plain(self) -> None:
         """Show unquantized weights under the names that Llama-4's float32 path reads."""

@@ -43,13 +43,18 @@ class Converted:
     weight: torch.Tensor
     weight_scale: torch.Tensor
     locks: torch.Tensor
-    tuning: dict[tuple[int, bool], str]  # by tokens and whether experts are chosen
+    tuning: dict[int, tuple[dict[str, Any], str]]  # by pairs, rounded up to a power of two
 
 
 class HummingKernel(TritonKernel):
     """Humming for the products, our own plan of routed pairs around them."""
 
     name = NAME
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        # of one token: slots and their number, by pairs and BT
+        self.alone: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def supports(self, storage: Storage) -> bool:
         """Symmetric integers of 2 to 8 bits in groups of 128, whole tiles of both sides."""
@@ -126,85 +131,83 @@ class HummingKernel(TritonKernel):
         out = transform_humming_tensors(config, tensors)
         return config, out["weight"], out["weight_scale"]
 
-    def tuning(self, held: Converted, pairs: int, tokens: int) -> tuple[dict[str, Any], str]:
+    def tuning(self, held: Converted, pairs: int) -> tuple[dict[str, Any], str]:
         """Humming's configuration for a number of routed pairs: as a dict and as it is passed."""
         bucket = 1 << max(0, (pairs - 1).bit_length())
-        key = (bucket, True)
-        if key not in held.tuning:
+        if bucket not in held.tuning:
             found = get_heuristics_config(
                 held.config, shape_m=bucket, gemm_type=GemmType.INDEXED, device=self.device
             )
-            held.tuning[key] = json.dumps(found)
-        return json.loads(held.tuning[key]), held.tuning[key]
+            held.tuning[bucket] = found, json.dumps(found)
+        return held.tuning[bucket]
 
     def linear(self, weights: PackedWeights, x_MK: torch.Tensor) -> torch.Tensor:
         """x · W^T, [M, N]: the only matrix as an expert that every row is routed to."""
         ids = torch.zeros((x_MK.shape[0], 1), dtype=torch.int32, device=x_MK.device)
-        return self._routed(weights, x_MK, ids, 1)
+        return self.product(weights, x_MK, self.plan(ids, weights), x_MK.shape[0], 1)
 
-    def _routed(
-        self, weights: PackedWeights, x: torch.Tensor, ids_TK: torch.Tensor, top_k: int
+    def decodes(self, pairs: int, num_experts: int) -> bool:
+        """Never: its own products stay ahead of decoded weights."""
+        return False
+
+    def block_tokens(self, weights: PackedWeights, pairs: int) -> int:
+        """BT as Humming's own table has it."""
+        assert isinstance(weights.extra, Converted)
+        return int(self.tuning(weights.extra, pairs)[0]["block_shape"][0])
+
+    def plan(self, ids_TK: torch.Tensor, weights: PackedWeights) -> Plan:
+        """Blocks of routed pairs. The experts of one token all differ: a block each, no sorting."""
+        pairs = ids_TK.numel()
+        tokens = self.block_tokens(weights, pairs)
+        if ids_TK.shape[0] > 1:
+            return self.blocks(ids_TK, weights.experts, tokens)
+        if (pairs, tokens) not in self.alone:
+            slots = torch.full((pairs, tokens), pairs, dtype=torch.int32, device=self.device)
+            slots[:, 0] = torch.arange(pairs)
+            self.alone[pairs, tokens] = slots.flatten(), self.nothing + pairs * tokens
+        slots, padded = self.alone[pairs, tokens]
+        return Plan(2, slots, ids_TK.flatten().to(torch.int32), padded, pairs, tokens)
+
+    def product(
+        self,
+        weights: PackedWeights,
+        x: torch.Tensor,
+        plan: Plan,
+        rows: int,
+        top_k: int,
+        *,
+        known: bool = False,
     ) -> torch.Tensor:
-        """[pairs, N], the input of pair p is row p // top_k."""
+        """[rows, N] of pairs; the input of pair p is row p // top_k of x."""
         held = weights.extra
         assert isinstance(held, Converted)
-        pairs = ids_TK.numel()
-        config, passed = self.tuning(held, pairs, ids_TK.shape[0])
-        block = int(config["block_shape"][0])
-        slot = torch.arange(block, device=x.device)
-        if pairs == 1 or (top_k > 1 and ids_TK.shape[0] == 1):
-            plan = self.one_each(ids_TK)
-        else:
-            plan = self.blocks(ids_TK, weights.experts, block)
-        place = plan.start[:, None] + slot
-        ids = plan.order[place.clamp(max=pairs - 1)]
-        ids = torch.where(slot < plan.count[:, None], ids, pairs).to(torch.int32)
-        padded = (plan.count > 0).sum(dtype=torch.int32) * block
+        if not rows:
+            return x.new_empty(0, weights.storage.height)
         return humming_forward(
             held.config,
             inputs=x.contiguous(),
             weight=held.weight,
             weight_scale=held.weight_scale,
-            sorted_ids=ids.flatten(),
+            sorted_ids=plan.slots,
             expert_ids=plan.expert,
-            num_tokens_padded=padded.reshape(1).to(torch.int32),
+            num_tokens_padded=plan.padded,
             locks=held.locks,
             top_k=top_k,
             compute_config={"gemm_type": "indexed"},
-            tuning_config=passed,
+            tuning_config=self.tuning(held, rows)[1],
         )
-
-    def one_each(self, ids_TK: torch.Tensor) -> Plan:
-        """The plan of pairs whose experts all differ, those of one token: a block each."""
-        flat = ids_TK.reshape(-1).to(torch.int32)
-        number = torch.arange(flat.numel(), dtype=torch.int32, device=flat.device)
-        return Plan(2, number, flat, number, torch.ones_like(number), flat.numel(), 1)
-
-    def experts(
-        self, layer: Any, x_TD: torch.Tensor, ids_TK: torch.Tensor, w_TK: torch.Tensor
-    ) -> torch.Tensor:
-        """Σ_k w_tk · f_e(t,k)(x_t), [T, D]."""
-        num_tokens, top_k = ids_TK.shape
-        up_PF = self._routed(layer.up, x_TD, ids_TK, top_k)
-        down_ids = ids_TK.reshape(-1, 1)  # of one token too: its plan is not known to be simple
-        out_PD = self._routed(layer.down, layer.activate(up_PF), down_ids, 1)
-        weighted = out_PD.view(num_tokens, top_k, -1) * w_TK.unsqueeze(-1)
-        return weighted.sum(1).to(x_TD.dtype)
 
     def grouped(
         self, weights: PackedWeights, x_PK: torch.Tensor, offsets_E: torch.Tensor
     ) -> torch.Tensor:
         """x_p · W_e(p)^T, [P, N], pairs sorted by expert."""
         number = torch.arange(x_PK.shape[0], device=x_PK.device)
-        ids = torch.searchsorted(offsets_E, number, right=True)
-        return self._routed(weights, x_PK, ids.reshape(-1, 1), 1)
+        ids_P1 = torch.searchsorted(offsets_E, number, right=True).reshape(-1, 1)
+        return self.product(weights, x_PK, self.plan(ids_P1, weights), x_PK.shape[0], 1)
 
     def decode(self, weights: PackedWeights, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """One whole matrix [N, K]: what it makes of the unit vectors."""
         columns = weights.storage.columns
         unit = torch.eye(columns, dtype=torch.bfloat16, device=weights.codes.device)
         ids = torch.full((columns, 1), expert, dtype=torch.int32, device=unit.device)
-        return self._routed(weights, unit, ids, 1).T.to(dtype)
-
-
-__all__ = ["HummingKernel", "Plan"]
+        return self.product(weights, unit, self.plan(ids, weights), columns, 1).T.to(dtype)

@@ -12,11 +12,13 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from runtime.cpu_tiles import CpuTiles
 from runtime.decode import decode_rows
 from runtime.packed import PackedWeights
 from runtime.storage import Storage
 
 TILE_CPU = 1 << 19  # weights decoded at a time: 1 MB of bfloat16, a core's second cache
+TILE_BF16 = 1 << 21  # where runtime/cpu_tiles.py decodes: oneDNN wants some hundred rows at once
 TILE_GPU = 1 << 26
 
 
@@ -53,6 +55,9 @@ class TorchKernel:
 
     name = "torch"
 
+    def __init__(self) -> None:
+        self.tiles = CpuTiles()
+
     def supports(self, storage: Storage) -> bool:
         """Everything."""
         return True
@@ -64,20 +69,22 @@ class TorchKernel:
         """x · W^T, [M, N]."""
         if weights.storage.kind == "plain":
             return F.linear(x_MK, weights.codes[0])
-        only = torch.zeros(1, dtype=torch.int64, device=x_MK.device)
-        return self._by_tiles(weights, only, x_MK)
+        return self._by_tiles(weights, 0, x_MK)
 
-    def _by_tiles(
-        self, weights: PackedWeights, expert: torch.Tensor, x_MK: torch.Tensor
-    ) -> torch.Tensor:
-        height = weights.storage.height
-        step = max(1, tile_weights(x_MK) // weights.storage.columns)
-        if step >= height:
-            return F.linear(x_MK, decode_rows(weights, expert, 0, height, x_MK.dtype)[0])
+    def _by_tiles(self, weights: PackedWeights, expert: int, x_MK: torch.Tensor) -> torch.Tensor:
+        storage = weights.storage
+        height = storage.height
+        on_cpu = x_MK.device.type == "cpu" and x_MK.dtype == torch.bfloat16
+        fast = on_cpu and self.tiles.supports(storage)
+        step = max(1, (TILE_BF16 if fast else tile_weights(x_MK)) // storage.columns)
+        which = torch.full((1,), expert, device=x_MK.device)
         out_MN = x_MK.new_empty(x_MK.shape[0], height)
         for start in range(0, height, step):
             stop = min(start + step, height)
-            tile = decode_rows(weights, expert, start, stop, x_MK.dtype)[0]
+            if fast:
+                tile = self.tiles.rows(weights, expert, start, stop)
+            else:
+                tile = decode_rows(weights, which, start, stop, x_MK.dtype)[0]
             out_MN[:, start:stop] = F.linear(x_MK, tile)
         return out_MN
 
@@ -98,7 +105,7 @@ class TorchKernel:
             which = torch.tensor(some, device=x_PK.device)
             if at_once == 1:
                 rows = slice(starts[some[0]], ends[some[0]])
-                out_PN[rows] = self._by_tiles(weights, which, x_PK[rows])
+                out_PN[rows] = self._by_tiles(weights, some[0], x_PK[rows])
                 continue
             tile = decode_rows(weights, which, 0, storage.height, x_PK.dtype)
             rows = slice(starts[some[0]], ends[some[-1]])

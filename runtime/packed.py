@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from models.dequantize import unpack_bits
 from models.errors import InputError
 from models.source_formats import Source
 from runtime.storage import Storage
@@ -43,35 +42,33 @@ class PackedWeights(nn.Module):
 
     def fill(self, source: Source, logical: str, expert: int, part: int) -> None:
         """Read one stored matrix into its place. InputError when it is unlike its neighbours."""
-        storage, stored = self.storage, source.stored[logical]
-        read = source.checkpoint.read
+        storage = self.storage
         rows = slice(part * storage.rows, (part + 1) * storage.rows)
         self._check_alike(source, logical)
         if storage.kind == "plain":
             self.codes[expert, rows].copy_(source.read(logical, storage.code_dtype))
             return
-        parts = {name: info.name for name, info in stored.parts.items()}
-        codes = read(parts.get("packed") or parts["weight"])
+        raw = source.read_parts(logical)
+        codes = raw["packed"] if "packed" in raw else raw["weight"]
         self.codes[expert, rows].copy_(codes.view(storage.code_dtype))
-        scale = read(parts.get("scale") or parts["scale_inv"])
+        scale = raw["scale"] if "scale" in raw else raw["scale_inv"]
         if scale.numel() == 1:  # one scale for the whole tensor
             scale = scale.reshape(1, 1).expand(storage.scale_rows, storage.groups)
         own = slice(part * storage.scale_rows, (part + 1) * storage.scale_rows)
         self.scale[expert, own].copy_(scale)
-        values = scale.float()
-        if not torch.isfinite(values.sum()):
-            raise InputError(f"{parts.get('scale') or parts['scale_inv']} holds NaN or infinity")
+        if not torch.isfinite(scale.float().sum()):
+            parts = source.stored[logical].parts
+            name = next(parts[r].name for r in ("scale", "scale_inv", "group_scales") if r in parts)
+            raise InputError(f"{name} holds NaN or infinity")
         if storage.kind == "fp8" and bool(((codes.view(torch.uint8) & 0x7F) == 0x7F).any()):
             raise InputError(
                 f"tensor {logical} in {source.checkpoint.root} holds NaN; "
                 "download the checkpoint again"
             )
         if storage.zero_points:
-            words = read(parts["zero_point"]).T.contiguous()
-            zeros = unpack_bits(words, storage.bits, storage.rows).T
-            self.zero_point[expert, rows].copy_(zeros)
+            self.zero_point[expert, rows].copy_(raw["zero"])
         if storage.kind == "nvfp4":
-            self.global_scale[expert, part] = read(parts["global_scale"]).float().reshape(())
+            self.global_scale[expert, part] = raw["global_scale"].float().reshape(())
 
     def _check_alike(self, source: Source, logical: str) -> None:
         """Experts are stacked: each must be stored as the first one is."""
@@ -85,6 +82,11 @@ class PackedWeights(nn.Module):
         stored = source.stored[logical]
         if storage.kind == "int" and source.integer_layout(logical)[0] != storage.bits:
             raise InputError(f"tensor {logical} has other bits than its layer's experts")
+        if storage.kind == "int" and source.is_reordered(logical):
+            raise InputError(
+                f"tensor {logical} is reordered (act-order) unlike the first expert of its layer; "
+                "use an export without desc_act"
+            )
         if (stored.format == "plain") != (storage.kind == "plain"):
             raise InputError(f"tensor {logical} is stored unlike its layer's experts")
 

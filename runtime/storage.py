@@ -122,7 +122,7 @@ def storage_of(source: Source, logical: str, dtype: torch.dtype) -> Storage | No
     rows, columns = shape
     if stored.format == "plain":
         return Storage(kind="plain", rows=rows, columns=columns, code_dtype=dtype)
-    if stored.format == "int_packed" and "g_idx" not in stored.parts:
+    if stored.format in ("int_packed", "gptq") and not source.is_reordered(logical):
         bits, group, per_word = source.integer_layout(logical)
         if per_word is not None and 32 % bits:
             return None
@@ -132,11 +132,11 @@ def storage_of(source: Source, logical: str, dtype: torch.dtype) -> Storage | No
             columns=columns,
             bits=bits,
             block=(1, group),
-            zero_points="zero_point" in stored.parts,
+            zero_points=source.has_zero_points(logical),
             code_dtype=torch.int32,
-            scale_dtype=torch_dtype(stored.parts["scale"]),
+            scale_dtype=torch_dtype(stored.parts.get("scale") or stored.parts["group_scales"]),
         )
-    if stored.format == "nvfp4":
+    if stored.format in ("nvfp4", "modelopt"):
         return Storage(
             kind="nvfp4",
             rows=rows,

@@ -40,7 +40,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "compressed_tensors": ("quant/",),
     "lm_eval": ("evals/lm_harness.py",),
     "matplotlib": ("evals/pictures.py",),
-    "accelerate": ("runtime/load.py",),
+    "accelerate": ("runtime/placement.py",),
     "vllm": (),
 }
 

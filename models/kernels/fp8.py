@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 ROWS, COLUMNS = 32, 128
+FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
@@ -50,7 +51,8 @@ def _dequantize(
         scale = tl.load(scales + place, mask=inside, other=0.0)
     value = code.to(tl.float32) * scale
     tl.store(out + row.to(tl.int64) * out_stride + column, value.to(OUT), mask=inside)
-    broken = tl.max(tl.max((value - value != 0.0).to(tl.int32), 1), 0)
+    finite = tl.abs(value) <= FLOAT32_MAX  # false for a NaN
+    broken = 1 - tl.min(tl.min(finite.to(tl.int32), 1), 0)
     if broken != 0:
         tl.store(flags + matrix, 1)
 

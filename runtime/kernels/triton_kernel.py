@@ -1,11 +1,11 @@
 """Our Triton kernels as a runtime kernel: which block sizes, which tokens together, whole layers.
 
-Tokens of one expert are worked on together in blocks of BT. For one token every routed pair is a
-block of its own; for more, pairs are sorted by expert on the device, and the grid is as large as it
-could at most be: nothing here asks the host how the routing went, so a layer can be captured in a
-CUDA graph.
+Tokens of one expert are worked on together in blocks of BT. The grid is as large as it could at
+most be: nothing here asks the host how the routing went, so a layer can be captured in a CUDA
+graph: one launch that puts pairs into blocks (none for one token, whose experts all differ), the
+two products, the activation and the weighted sum.
 
-Many tokens an expert (128 and more on average): the experts are decoded, a few at a time,
+Many tokens an expert (DECODE_FROM and more on average): the experts are decoded, a few at a time,
 and multiplied in bfloat16, which is faster once arithmetic binds (docs/benchmarks.md).
 """
 
@@ -17,30 +17,34 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
 import triton.language as tl
 
 from runtime.decode import decode_rows
 from runtime.kernel import TorchKernel
-from runtime.kernels import products
-from runtime.kernels.order import reorder, reorders, unpacked_codes
+from runtime.kernels import products, routed
+from runtime.kernels.order import SPAN, reorder, unpacked_codes
 from runtime.packed import PackedWeights
 from runtime.storage import Storage
 
 # Triton's interpreter multiplies bfloat16 as if it were integers
 DOT = tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16
 FORMATS = {("int", 3): 3, ("int", 4): 4, ("nvfp4", 4): 16, ("fp8", 8): 8}
+# tokens of a block -> its rows and registers a thread; measured on an H200 (docs/benchmarks.md)
+BLOCKS = {8: (16, 128), 16: (16, 160), 32: (16, 208), 64: (16, 255)}
+COLUMNS = 1024  # of a program of the kernels around the products
+DECODE_FROM = 128  # tokens an expert, on average
 DECODED = 1 << 28  # weights decoded at a time for many tokens: 512 MiB of bfloat16
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which pairs a block works on; `kind` as in products.where."""
+    """Which pairs a block works on; `kind` as in products.packed_rows, the rest as in routed.py."""
 
     kind: int
-    order: torch.Tensor
+    slots: torch.Tensor
     expert: torch.Tensor
-    start: torch.Tensor
-    count: torch.Tensor
+    padded: torch.Tensor
     blocks: int
     tokens: int  # BT
 
@@ -53,174 +57,188 @@ class TritonKernel:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.torch = TorchKernel()
+        early = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        # of every launch: whether it may begin while the kernel before it runs
+        self.early: dict[str, bool] = (
+            {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+        )
         self.nothing = torch.zeros(1, dtype=torch.int32, device=device)
-        # rows and warps of a block; measured on an H200 (docs/benchmarks.md)
-        self.one_config = (64, 2)
-        self.many_config = {16: (64, 4), 32: (64, 4), 64: (64, 4), 128: (64, 8)}
 
     def supports(self, storage: Storage) -> bool:
         """Symmetric integers of 3 and 4 bits, NVFP4 and FP8 in whole groups of 128 columns."""
         if (storage.kind, storage.bits) not in FORMATS or storage.zero_points:
             return False
+        if storage.columns % max(128, SPAN[storage.bits]):
+            return False
         if storage.kind == "fp8":
-            by_row = storage.block == (1, storage.columns)
-            return storage.columns % 128 == 0 and (by_row or storage.block[1] == 128)
-        if storage.bits == 3:
-            return storage.columns % 512 == 0 and storage.block[1] in (32, 64, 128)
-        return storage.columns % 128 == 0 and storage.block[1] in (16, 32, 64, 128)
+            return storage.block == (1, storage.columns) or storage.block[1] == 128
+        return storage.block[1] in ((16,) if storage.kind == "nvfp4" else (32, 64, 128))
 
     def prepare(self, weights: PackedWeights) -> None:
         """Codes into the kernels' order."""
-        if reorders(weights.storage):
-            reorder(weights)
+        reorder(weights)
 
     # -- one matrix ----------------------------------------------------------------------------
 
     def linear(self, weights: PackedWeights, x_MK: torch.Tensor) -> torch.Tensor:
         """x · W^T, [M, N]."""
         rows = x_MK.shape[0]
-        tokens = block_tokens(rows, weights.storage)
+        tokens = block_tokens(rows)
         blocks = -(-rows // tokens)
-        plan = Plan(0, self.nothing, self.nothing, self.nothing, self.nothing, blocks, tokens)
+        plan = Plan(0, self.nothing, self.nothing, self.nothing, blocks, tokens)
         return self.product(weights, x_MK.contiguous(), plan, rows, 1)
 
     def product(
-        self, weights: PackedWeights, x: torch.Tensor, plan: Plan, rows: int, top_k: int
+        self,
+        weights: PackedWeights,
+        x: torch.Tensor,
+        plan: Plan,
+        rows: int,
+        top_k: int,
+        *,
+        known: bool = False,
     ) -> torch.Tensor:
-        """[rows, N] of pairs; the input of pair p is row p // top_k of x."""
+        """[rows, N] of pairs; the input of pair p is row p // top_k of x.
+
+        `known`: the plan was there before the kernel that writes x was launched.
+        """
         storage = weights.storage
         out = x.new_empty(rows, storage.height)
         if not rows:
             return out
         code = FORMATS[storage.kind, storage.bits]
-        size = storage.block[1] if storage.block[1] <= 128 else 0
-        globals_ = weights.global_scale if storage.kind == "nvfp4" else weights.scale
-        common: tuple[Any, ...] = (
-            weights.codes.view(torch.int32) if code == 16 else weights.codes,
-            weights.scale,
-            globals_,
+        height, registers = BLOCKS[plan.tokens]
+        grid = (-(-storage.height // height), plan.blocks)
+        four = SPAN[storage.bits] * 4
+        products.packed_rows[grid](
+            x.view(torch.int32),
+            weights.codes.view(torch.int32),
+            weights.scale.view(torch.int32) if code == 16 else weights.scale,
+            weights.global_scale if code == 16 else weights.scale,
             out,
-            plan.order,
+            plan.slots,
             plan.expert,
-            plan.start,
-            plan.count,
             rows,
             storage.height,
             top_k,
             products.ONES,
-            products.MASKS[code],
-            1 << 16,
+            *products.MASKS[code],
+            K=storage.columns,
+            PART=storage.rows,
+            FORMAT=code,
+            SIZE=storage.block[1],
+            ROW_BLOCK=storage.block[0],
+            PLAN=plan.kind,
+            BT=plan.tokens,
+            BN=height,
+            DOT=DOT,
+            SPAN=four if code != 3 and storage.columns % four == 0 else max(128, four // 4),
+            num_warps=1,
+            num_stages=1,
+            maxnreg=registers,
+            KNOWN=known,
+            **self.early,
         )
-        constants: dict[str, Any] = {
-            "K": storage.columns,
-            "PART": storage.rows,
-            "FORMAT": code,
-            "SIZE": size,
-            "PLAN": plan.kind,
-        }
-        height, warps = self.one_config if plan.tokens == 1 else self.many_config[plan.tokens]
-        grid = (-(-storage.height // height), plan.blocks)
-        arranged, sums = self.arranged(x, code, one=plan.tokens == 1)
-        if plan.tokens == 1:
-            products.one_token[grid](
-                arranged, sums, *common, **constants, BN=height, num_warps=warps
-            )
-        else:
-            products.many_tokens[grid](
-                x,
-                sums,
-                *common,
-                **constants,
-                BT=plan.tokens,
-                BN=height,
-                ROW_BLOCK=storage.block[0],
-                DOT=DOT,
-                num_warps=warps,
-                num_stages=2,
-            )
         return out
-
-    def arranged(
-        self, x: torch.Tensor, code: int, *, one: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs by column and their offsets (one token), or x and the sums of its groups."""
-        rows, columns = x.shape
-        if not one and code not in (3, 4):
-            return x, self.nothing
-        width = columns // 8 if one else columns // 128
-        found = x.new_empty((rows, width), dtype=torch.float32)
-        by_column = torch.empty_like(x, dtype=torch.float32) if one else found
-        products.arrange[(rows, columns // 128)](
-            x, by_column, found, found, K=columns, FORMAT=code, ONE=one, num_warps=1
-        )
-        return by_column, found
 
     # -- experts -------------------------------------------------------------------------------
 
-    def plan(self, ids_TK: torch.Tensor, num_experts: int, storage: Storage) -> Plan:
+    def plan(self, ids_TK: torch.Tensor, weights: PackedWeights) -> Plan:
         """Blocks of routed pairs, without asking the host."""
         pairs = ids_TK.numel()
-        flat = ids_TK.reshape(-1).to(torch.int32)
-        if ids_TK.shape[0] == 1 and storage.kind != "fp8":
-            return Plan(1, self.nothing, flat, self.nothing, self.nothing, pairs, 1)
-        return self.blocks(ids_TK, num_experts, block_tokens(-(-pairs // num_experts), storage))
+        if ids_TK.shape[0] == 1:
+            return Plan(1, self.nothing, ids_TK.flatten(), self.nothing, pairs, min(BLOCKS))
+        tokens = self.block_tokens(weights, pairs)
+        return self.blocks(ids_TK, weights.experts, tokens)
+
+    def block_tokens(self, weights: PackedWeights, pairs: int) -> int:
+        """BT for so many pairs."""
+        return block_tokens(-(-pairs // weights.experts))
 
     def blocks(self, ids_TK: torch.Tensor, num_experts: int, tokens: int) -> Plan:
-        """Pairs sorted by expert, in blocks of at most `tokens`; blocks without pairs come last."""
+        """Pairs by expert, in blocks of `tokens`."""
         pairs = ids_TK.numel()
-        flat = ids_TK.reshape(-1).to(torch.int32)
-        experts, order = torch.sort(flat)
-        each = torch.arange(num_experts + 1, device=flat.device, dtype=torch.int32)
-        starts = torch.searchsorted(experts, each, out_int32=True)
-        counts = starts[1:] - starts[:-1]
-        blocks = (counts + (tokens - 1)) // tokens
-        ends = blocks.cumsum(0)
         most = min(pairs, num_experts + pairs // tokens)
-        number = torch.arange(most, device=flat.device)
-        expert = torch.searchsorted(ends, number, right=True).clamp_(max=num_experts - 1)
-        place = (number - (ends - blocks)[expert]) * tokens
-        left = (counts[expert] - place).clamp_(min=0, max=tokens)
-        count = torch.where(number < ends[-1], left, 0)
-        return Plan(
-            2,
-            order.to(torch.int32),
-            expert.to(torch.int32),
-            (starts[expert] + place).to(torch.int32),
-            count.to(torch.int32),
-            most,
-            tokens,
+        slots, expert, padded = (
+            torch.empty(size, dtype=torch.int32, device=ids_TK.device)
+            for size in (most * tokens, most, 1)
         )
+        chunk = min(1024, max(16, triton.next_power_of_2(pairs)))
+        routed.place_pairs[(num_experts,)](
+            ids_TK.flatten(),
+            slots,
+            expert,
+            padded,
+            pairs,
+            most,
+            num_experts,
+            BT=tokens,
+            CHUNK=chunk,
+            CHUNKS=triton.next_power_of_2(-(-pairs // chunk)),
+            WIDTH=max(16, triton.next_power_of_2(num_experts + 1)),
+            **self.early,
+        )
+        return Plan(2, slots, expert, padded, most, tokens)
 
     def experts(
         self, layer: Any, x_TD: torch.Tensor, ids_TK: torch.Tensor, w_TK: torch.Tensor
     ) -> torch.Tensor:
         """Σ_k w_tk · f_e(t,k)(x_t), [T, D]."""
         num_tokens, top_k = ids_TK.shape
-        if num_tokens * top_k >= layer.num_experts * 128:
+        if self.decodes(num_tokens * top_k, layer.num_experts):
             return self._experts_decoded(layer, x_TD, ids_TK, w_TK)
-        plan = self.plan(ids_TK, layer.num_experts, layer.up.storage)
+        plan = self.plan(ids_TK, layer.up)
         pairs = num_tokens * top_k
         up_PF = self.product(layer.up, x_TD.contiguous(), plan, pairs, top_k)
-        out_PD = self.product(layer.down, layer.activate(up_PF).contiguous(), plan, pairs, 1)
-        weighted = out_PD.view(num_tokens, top_k, -1) * w_TK.unsqueeze(-1)
-        return weighted.sum(1).to(x_TD.dtype)
+        known = plan.tokens == self.block_tokens(layer.down, pairs)
+        if not known:
+            plan = self.plan(ids_TK, layer.down)
+        active_PF = self.activated(layer, up_PF)
+        out_PD = self.product(layer.down, active_PF, plan, pairs, 1, known=known)
+        return self.combined(out_PD, w_TK, x_TD.dtype)
+
+    def decodes(self, pairs: int, num_experts: int) -> bool:
+        """Whether so many pairs are worth decoding every expert for."""
+        return pairs >= num_experts * DECODE_FROM
+
+    def activated(self, layer: Any, up_PF: torch.Tensor) -> torch.Tensor:
+        """[P, 2F or F] -> [P, F], by one kernel where the activation is the usual one."""
+        if not layer.swiglu or not up_PF.numel():
+            return layer.activate(up_PF).contiguous()
+        width = up_PF.shape[1] // 2
+        out_PF = up_PF.new_empty(up_PF.shape[0], width)
+        grid = (up_PF.shape[0], -(-width // COLUMNS))
+        routed.gated[grid](up_PF, out_PF, F=width, BLOCK=COLUMNS, **self.early)
+        return out_PF
+
+    def combined(
+        self, out_PD: torch.Tensor, w_TK: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Σ_k w_tk · y_tk, [T, D]."""
+        num_tokens, top_k = w_TK.shape
+        width = out_PD.shape[1]
+        out_TD = out_PD.new_empty(num_tokens, width, dtype=dtype)
+        if num_tokens:
+            routed.weighted_sum[(num_tokens, -(-width // COLUMNS))](
+                out_PD, w_TK.contiguous(), out_TD, D=width, TOP_K=top_k, BLOCK=COLUMNS, **self.early
+            )
+        return out_TD
 
     def _experts_decoded(
         self, layer: Any, x_TD: torch.Tensor, ids_TK: torch.Tensor, w_TK: torch.Tensor
     ) -> torch.Tensor:
         """Many tokens an expert: decode some experts, multiply in bfloat16, forget them."""
-        num_tokens, top_k = ids_TK.shape
+        top_k = ids_TK.shape[1]
         flat = ids_TK.reshape(-1)
         experts_P, order_P = torch.sort(flat)
         each = torch.arange(layer.num_experts, device=flat.device)
         offsets_E = torch.searchsorted(experts_P, each, right=True)
         inputs_PD = x_TD[order_P // top_k]
         up_PF = self.grouped(layer.up, inputs_PD, offsets_E)
-        sorted_PD = self.grouped(layer.down, layer.activate(up_PF), offsets_E)
+        sorted_PD = self.grouped(layer.down, self.activated(layer, up_PF), offsets_E)
         out_PD = torch.empty_like(sorted_PD)
         out_PD[order_P] = sorted_PD
-        weighted = out_PD.view(num_tokens, top_k, -1) * w_TK.unsqueeze(-1)
-        return weighted.sum(1).to(x_TD.dtype)
+        return self.combined(out_PD, w_TK, x_TD.dtype)
 
     def grouped(
         self, weights: PackedWeights, x_PK: torch.Tensor, offsets_E: torch.Tensor
@@ -247,10 +265,12 @@ class TritonKernel:
         which = torch.tensor([expert], device=weights.codes.device)
         if weights.repacked is None:
             return decode_rows(weights, which, 0, storage.height, dtype)[0]
-        codes = unpacked_codes(storage, weights.codes[expert].view(torch.int32))
+        codes = unpacked_codes(storage.bits, weights.codes[expert].view(torch.int32))
         scale = weights.row_scales(which, 0, storage.height)[0].float()
         if storage.kind == "nvfp4":
             values = E2M1.to(codes.device)[codes.int()]
+        elif storage.kind == "fp8":
+            values = codes.view(torch.float8_e4m3fn).float()
         else:
             values = codes.float() - (1 << (storage.bits - 1))
         grouped = values.view(storage.height, -1, storage.block[1])
@@ -262,8 +282,6 @@ E2M1 = torch.tensor(
 )
 
 
-def block_tokens(average: int, storage: Storage) -> int:
+def block_tokens(average: int) -> int:
     """BT for blocks of `average` tokens an expert."""
-    if average <= 1 and storage.kind != "fp8":
-        return 1
-    return next((many for many in (16, 32, 64) if average <= many), 128)
+    return next((many for many in BLOCKS if average <= many), max(BLOCKS))

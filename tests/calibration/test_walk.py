@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from calibration.batches import PADDING, cut, make_batches
+from calibration.carries import carries_of
 from calibration.hidden_states import HiddenStates, num_bytes
-from calibration.stream import LayerWalk
+from calibration.stream import LayerWalk, tokens_are_finite
 from models.errors import InputError
 from models.opening import open_model
 from models.skeleton import Skeleton
@@ -127,3 +128,78 @@ def test_walk_in_batches_equals_samples_alone(family: str, tmp_path: Path) -> No
             with torch.inference_mode():
                 alone = whole(input_ids=ids, use_cache=False).logits[0]
             torch.testing.assert_close(logits[row, : LENGTHS[sample]], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_kept_carry_is_there_again(tmp_path: Path) -> None:
+    states = HiddenStates(tmp_path, budget=num_bytes(carry(0)))
+    for batch in range(2):  # the second one goes to disk
+        states.put(0, batch, carry(batch))
+    for batch in (0, 1, 0, 1):
+        assert int(states.take(0, batch, keep=True)["prev_topk_indices"][0, 0]) == batch
+    assert states.held_bytes == num_bytes(carry(0))
+    assert states.spilled_bytes == num_bytes(carry(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_tokens_must_be_finite(dtype: torch.dtype) -> None:
+    padded = next(b for b in make_batches(random_token_set(99), 60) if b.attention_mask is not None)
+    assert padded.attention_mask is not None
+    hidden = torch.full((*padded.input_ids.shape, 8), 3e38, dtype=dtype)  # sums would overflow
+    assert tokens_are_finite(padded, hidden)
+    for bad in (torch.inf, -torch.inf, torch.nan):
+        broken = hidden.clone()
+        broken[..., 5][padded.attention_mask == 0] = bad
+        assert tokens_are_finite(padded, broken)
+        broken[0, 0, 3] = bad
+        assert not tokens_are_finite(padded, broken)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a CUDA device")
+@pytest.mark.parametrize("budget", [None, 3 << 20, 0])
+def test_carries_pass_a_gpu_unchanged(budget: int | None, tmp_path: Path) -> None:
+    """Layers that add 1 on a busy GPU, two passes over the first one; sizes grow and shrink."""
+    device = torch.device("cuda")
+    states = HiddenStates(tmp_path, budget)
+    carries = carries_of(states, device)
+    busy = torch.randn(2048, 2048, device=device)
+    rows = [700, 1, 900, 300, 1000, 5]
+
+    def first(batch: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(batch)
+        hidden = torch.randn(rows[batch], 512, generator=generator).bfloat16()
+        return {"hidden_states": hidden, "chosen": torch.arange(rows[batch], dtype=torch.int32)}
+
+    for batch in range(len(rows)):
+        carries.put(0, batch, {name: value.to(device) for name, value in first(batch).items()})
+    carries.settle()
+    for layer, store in ((0, False), (0, True), (1, True), (2, True)):
+        entering = carries.entering(layer, range(len(rows)), keep=not store)
+        for batch, carry_in in enumerate(entering):
+            with torch.inference_mode():
+                for _ in range(4):
+                    busy @ busy
+                leaving = {name: value + 1 for name, value in carry_in.items()}
+            assert all(value.is_cuda for value in carry_in.values())
+            if store:
+                carries.put(layer + 1, batch, leaving)
+        carries.settle()
+    for batch in range(len(rows)):
+        got, expected = states.take(3, batch), first(batch)
+        for _ in range(3):
+            expected = {name: value + 1 for name, value in expected.items()}
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[name], expected[name]) for name in got)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a CUDA device")
+def test_what_fails_beside_a_gpu_is_told(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_bytes(b"")
+    carries = carries_of(HiddenStates(blocked, budget=0), torch.device("cuda"))
+    carries.put(0, 0, {"hidden_states": torch.ones(4, 4, device="cuda")})
+    with pytest.raises(InputError, match="cannot be written"):
+        carries.settle()
+    with pytest.raises(InputError, match="missing"):
+        next(carries.entering(0, [0], keep=False))

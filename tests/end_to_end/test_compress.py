@@ -9,6 +9,7 @@ import pytest
 
 from cli.compress import compress, prune_ahead, still_unpruned
 from models.opening import open_model
+from models.processes import ALONE
 from quant.quantize import QuantizeSettings, quantize
 from quant.recipes import uniform
 from quant.schemes import SCHEMES, Scheme, scheme_with
@@ -48,7 +49,7 @@ def test_one_pass_equals_three_commands(
     quantize(pruned, uniform(scheme), tmp_path / "two", settings, tokens=tokens)
 
     view = still_unpruned(opened, keep, "reap", "keep")
-    ahead = prune_ahead(opened, view, tokens, settings)
+    ahead = prune_ahead(opened, view, tokens, settings, ALONE)
     quantize(view, uniform(scheme), tmp_path / "one", settings, tokens=tokens, ahead=ahead)
 
     made = json.loads((tmp_path / "one" / "plan.json").read_text())
@@ -72,7 +73,7 @@ def test_one_pass_measures_the_damage_score_measures(tmp_path: Path) -> None:
 
     settings = QuantizeSettings(batch_tokens=128, method="rtn")
     view = still_unpruned(opened, keep, "output-error", "keep")
-    ahead = prune_ahead(opened, view, tokens, settings)
+    ahead = prune_ahead(opened, view, tokens, settings, ALONE)
     recipe = uniform(scheme_with("W4A16", group_size=8))
     quantize(view, recipe, tmp_path / "one", settings, tokens=tokens, ahead=ahead)
     made = json.loads((tmp_path / "one" / "plan.json").read_text())

@@ -237,6 +237,9 @@ def test_companions_of_a_weight_follow_it(tmp_path):
     assert {info.name for info in source.parts("e.weight")} == set(tensors)
 
 
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
+
+
 @pytest.mark.parametrize(
     ("tensors", "quantization", "message"),
     [
@@ -274,7 +277,39 @@ def test_companions_of_a_weight_follow_it(tmp_path):
             packed_config(num_bits=4, group_size=32, strategy="group", symmetric=True),
             "says",
         ),
-        ({"x.weight": torch.ones(2)}, {"quant_method": "gptq"}, "quant_method 'gptq'"),
+        ({"x.weight": torch.ones(2)}, {"quant_method": "awq"}, "quant_method 'awq'"),
+        ({}, {"quant_method": "modelopt", "quant_algo": "FP8"}, "quant_algo 'FP8' is not read"),
+        ({}, GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin' is not read"),
+        ({}, GPTQ | {"bits": 5}, "bits 5"),
+        ({}, GPTQ | {"dynamic": {"+:.*down.*": {"bits": 8}}}, "other bits for"),
+        (
+            {},
+            GPTQ | {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"},
+            "packing_format 'auto_round:auto_awq' is not read",
+        ),
+        (
+            {
+                "x.qweight": torch.zeros(8, 32, dtype=torch.int32),
+                "x.qzeros": torch.zeros(2, 4, dtype=torch.int32),
+                "x.scales": torch.ones(2, 32).half(),
+            },
+            GPTQ,
+            "qzeros are not those of symmetric weights",
+        ),
+        (
+            {
+                "x.qweight": torch.zeros(8, 32, dtype=torch.int32),
+                "x.qzeros": torch.zeros(2, 4, dtype=torch.int32),
+                "x.scales": torch.ones(1, 32).half(),
+            },
+            GPTQ,
+            "do not fit 32 x 64 in groups of 32",
+        ),
+        (
+            {"x.weight": torch.zeros(2, 8, dtype=torch.uint8), "x.weight_scale": torch.ones(2, 1)},
+            {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+            "a layout not known here",
+        ),
     ],
 )
 def test_what_cannot_be_decoded_is_refused_in_one_line(tmp_path, tensors, quantization, message):

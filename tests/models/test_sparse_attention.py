@@ -64,3 +64,21 @@ def test_slices_of_queries_choose_the_same_keys(family: str, queries: int, tmp_p
     torch.testing.assert_close(
         walk(skeleton, ids, mask)[real], expected[real], rtol=1e-4, atol=1e-4
     )
+
+
+def test_a_matrix_replaced_in_the_stand_in_is_the_one_that_runs(tmp_path: Path) -> None:
+    skeleton, _, ids, mask = opened("deepseek_v32", tmp_path, index_topk=8)
+    ran: list[bool] = []
+
+    class Counted(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            ran.append(True)
+            return super().forward(x)
+
+    for indexer in indexers(skeleton):
+        old = indexer.get_submodule("wk")
+        assert isinstance(old, torch.nn.Linear)
+        with torch.device("meta"):
+            indexer.wk = Counted(old.in_features, old.out_features, bias=False)
+    walk(skeleton, ids, mask)
+    assert len(ran) == len(skeleton.layers)

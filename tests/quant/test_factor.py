@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.gptq_peer import correlated
+from benchmarks.correlated import correlated
 from quant.factor import damped_factor, factorise
 
 

@@ -35,6 +35,7 @@ def test_words_are_compressed_tensors(rows: int, columns: int, bits: int, seed: 
     codes = torch.randint(-half, half, (rows, columns), generator=generator).to(torch.int8)
     ours = pack_bits((codes.int() + half).to(torch.uint8), bits)
     theirs = pack_to_int32(codes, bits)
+    assert torch.equal(pack_bits(codes, bits), ours)
     assert ours.shape == (rows, -(-columns * bits // 32))
     assert torch.equal(ours, theirs)
     assert torch.equal(unpack_from_int32(ours, bits, torch.Size((rows, columns))), codes)

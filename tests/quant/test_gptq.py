@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.gptq_peer import OBSERVERS, correlated, llmcompressor_gptq
+from benchmarks.correlated import correlated
+from benchmarks.gptq_peer import OBSERVERS, llmcompressor_gptq
 from quant.columns import rounded_in_order
 from quant.factor import damped_factor
 from quant.gptq import GptqSettings, energy, gptq, isotropic, shrink_hessian

@@ -12,10 +12,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.entrypoints.convert.converters import ModelOptNvfp4Converter
 from safetensors.torch import save_file
 
+from quant.export import Layout
 from quant.recipes import uniform
 from quant.schemes import SCHEMES, Scheme, int_scheme, scheme_with
 from quant.structure import ConfigGroups
@@ -40,18 +43,21 @@ def scheme_named(name: str) -> Scheme:
     return int_scheme(int(base[1]), int(group), kind == "symmetric")
 
 
-def quantized_demo(scheme: str, out: Path) -> Path:
+def quantized_demo(scheme: str, out: Path, layout: Layout = "compressed-tensors") -> Path:
     """The bundled model rounded to nearest, with its tokenizer."""
-    quantized_checkpoint(DEMO, out, uniform(scheme_named(scheme)))
+    quantized_checkpoint(DEMO, out, uniform(scheme_named(scheme)), layout)
     for name in KEPT:
         shutil.copy(DEMO / name, out)
     return out
 
 
-def quantized_qwen(scheme: str, folder: Path, **overrides: Any) -> Path:
+def quantized_qwen(
+    scheme: str, folder: Path, layout: Layout = "compressed-tensors", **overrides: Any
+) -> Path:
     """A tiny Qwen3-MoE rounded to nearest."""
     tiny_model("qwen3_moe", folder / "source", dtype="bfloat16", **(WIDE | overrides))
-    return quantized_checkpoint(folder / "source", folder / "packed", uniform(scheme_named(scheme)))
+    recipe = uniform(scheme_named(scheme))
+    return quantized_checkpoint(folder / "source", folder / "packed", recipe, layout)
 
 
 def decoded(path: Path) -> dict[str, torch.Tensor]:
@@ -59,15 +65,18 @@ def decoded(path: Path) -> dict[str, torch.Tensor]:
     config = json.loads((path / "config.json").read_text())
     tensors = read_all(path)
     settings = config["quantization_config"]
-    if settings["quant_method"] == "fp8":  # DeepSeek's blocks are FP8_BLOCK by another name
-        scheme = SCHEMES["FP8_BLOCK"]
-        one = {
-            "weights": scheme.weights.model_dump(),
-            "input_activations": scheme.input_activations.model_dump(),
-            "targets": ["Linear"],
-            "format": scheme.format,
-        }
-        settings = {"config_groups": {"one": one}}
+    if settings["quant_method"] in ("gptq", "auto-round"):
+        return decoded_integers(tensors, settings)
+    if settings["quant_method"] == "modelopt":
+        ends = ".weight_scale_2"
+        packed = [name.removesuffix(ends) for name in tensors if name.endswith(ends)]
+        tensors = ModelOptNvfp4Converter(targets=packed).process(tensors)
+        for module in packed:  # one number in a row, as it is stored there: it then keeps float32
+            name = f"{module}.weight_global_scale"
+            tensors[name] = tensors[name].reshape(1)
+        settings = {"config_groups": {"one": config_group("NVFP4")}}
+    if settings.get("quant_method") == "fp8":  # DeepSeek's blocks are FP8_BLOCK by another name
+        settings = {"config_groups": {"one": config_group("FP8_BLOCK")}}
         tensors = {n.replace("weight_scale_inv", "weight_scale"): t for n, t in tensors.items()}
     matched = ConfigGroups(settings)
     modules: dict[str, dict[str, torch.Tensor]] = {}
@@ -82,6 +91,44 @@ def decoded(path: Path) -> dict[str, torch.Tensor]:
         weight = decompress(own, matched.settings[name], matched.schemes[name].format)
         tensors[f"{module}.weight"] = weight.to(torch.bfloat16)
     return tensors
+
+
+def config_group(name: str) -> dict[str, Any]:
+    """A scheme as compressed-tensors' config names it."""
+    scheme = SCHEMES[name]
+    return {
+        "weights": scheme.weights.model_dump(),
+        "input_activations": scheme.input_activations.model_dump(),
+        "targets": ["Linear"],
+        "format": scheme.format,
+    }
+
+
+def decoded_integers(
+    tensors: dict[str, torch.Tensor], settings: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """GPTQ's and AutoRound's layout bit by bit: (code − zero) · scale, rounded once."""
+    bits, group = settings["bits"], settings["group_size"]
+    plus_one = settings.get("packing_format") != "auto_round"
+
+    def streams(words: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Codes that lie one after the other in the bits of every row."""
+        flat = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")
+        return flat.reshape(len(words), -1, bits) @ (1 << np.arange(bits))
+
+    decoded = {}
+    for name, tensor in tensors.items():
+        module, _, suffix = name.rpartition(".")
+        if suffix == "qweight":
+            codes = streams(tensor.numpy().T)
+            zeros = (streams(tensors[f"{module}.qzeros"].numpy()) + plus_one) % (1 << bits)
+            scales = tensors[f"{module}.scales"].float().numpy()
+            columns = np.arange(codes.shape[1]) // group
+            weight = (codes - zeros.T[:, columns]).astype(np.float32) * scales.T[:, columns]
+            decoded[f"{module}.weight"] = torch.from_numpy(weight).to(torch.bfloat16)
+        elif suffix not in ("qzeros", "scales", "g_idx"):
+            decoded[name] = tensor
+    return decoded
 
 
 def decompress(tensors: dict[str, torch.Tensor], settings: Any, layout: str) -> torch.Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from runtime import kernel as module
+from runtime.cpu_tiles import CpuTiles
 from runtime.kernel import TorchKernel
 from runtime.packed import PackedWeights
 from runtime.storage import Storage
@@ -48,6 +49,7 @@ STORAGES = [
     integer(24, 72, 7, 24, zero_points=True),
     nvfp4(50, 96),
     fp8(200, 160, (128, 128)),
+    fp8(72, 64, (32, 32)),
     fp8(31, 100, (1, 100)),
 ]
 
@@ -90,6 +92,18 @@ def test_every_format_decodes_as_written(storage: Storage, dtype: torch.dtype) -
     for expert in (0, 2):
         expected = spelled_out(weights, expert).to(dtype)
         assert torch.equal(TorchKernel().decode(weights, expert, dtype), expected)
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=lambda s: f"{s.title}-{s.rows}x{s.columns}")
+def test_tiles_of_a_cpu_are_the_same_weights(storage: Storage) -> None:
+    """The short way to bfloat16 gives the bits of the long one."""
+    weights = random_weights(storage.joined(2), 3)
+    tiles = CpuTiles()
+    if not tiles.supports(weights.storage):
+        pytest.skip("decoded the long way")
+    expected = spelled_out(weights, 2).to(BF16)
+    for rows in (slice(0, 1), slice(3, storage.rows + 5), slice(0, 2 * storage.rows)):
+        assert torch.equal(tiles.rows(weights, 2, rows.start, rows.stop), expected[rows])
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=lambda s: f"{s.title}-{s.rows}x{s.columns}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import types
 
 import pytest
 import torch
@@ -30,15 +31,13 @@ STORAGES = [
     fp8(200, 256, (128, 128)),
     fp8(45, 128, (1, 128)),
 ]
-if DEVICE.type == "cpu":  # the interpreter cannot convert FP8
-    STORAGES = [storage for storage in STORAGES if storage.kind != "fp8"]
 IDS = [f"{s.title}-{s.rows}x{s.columns}" for s in STORAGES]
 
 
 def on_device(storage: Storage, experts: int) -> tuple[PackedWeights, torch.Tensor]:
-    """Random weights, brought into the kernels' order, and what they are worth, float64."""
+    """Random weights, brought into the kernels' order, and the decoded model's bfloat16 ones."""
     weights = random_weights(storage, experts)
-    decoded = [TorchKernel().decode(weights, e, torch.float32) for e in range(experts)]
+    decoded = [TorchKernel().decode(weights, e, BF16) for e in range(experts)]
     for name, parameter in weights.named_parameters():
         weights._parameters[name] = torch.nn.Parameter(parameter.to(DEVICE), requires_grad=False)
     TritonKernel(DEVICE).prepare(weights)
@@ -46,36 +45,32 @@ def on_device(storage: Storage, experts: int) -> tuple[PackedWeights, torch.Tens
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """bfloat16 outputs of float32 sums, rounded (by the interpreter: cut) to eight bits."""
+    """bfloat16 outputs of float32 sums, rounded (by the interpreter: cut) to eight bits.
+
+    Weights are those of the decoded model, so nearly every output is the exact sum rounded once.
+    """
     assert torch.isfinite(found).all()
     if expected.numel():
         error = (found.double() - expected).norm() / expected.norm().clamp(min=1e-9)
-        assert error < (4e-3 if DEVICE.type == "cuda" else 8e-3), float(error)
+        assert error < (2e-3 if DEVICE.type == "cuda" else 5e-3), float(error)
+        if DEVICE.type == "cuda":
+            assert (found == expected.to(BF16)).double().mean() > 0.98
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=IDS)
 def test_the_order_is_undone(storage: Storage) -> None:
-    if storage.kind == "fp8":
-        pytest.skip("as stored")
     codes = torch.randint(0, 1 << storage.bits, (9, storage.columns), dtype=torch.uint8)
-    words = packed_words(storage, codes)
+    words = packed_words(storage.bits, codes)
     assert words.shape == (9, storage.columns * storage.bits // 32)
-    assert torch.equal(unpacked_codes(storage, words), codes)
+    assert torch.equal(unpacked_codes(storage.bits, words), codes)
     weights, expected = on_device(storage, 2)
-    found = TritonKernel(DEVICE).decode(weights, 1, torch.float32)
+    found = TritonKernel(DEVICE).decode(weights, 1, BF16)
     assert torch.equal(found.double(), expected[1])
-
-
-def skip_what_the_interpreter_cannot(storage: Storage, tokens: int) -> None:
-    """It reads subnormal bfloat16, which E2M1 codes are at first, as zero."""
-    if DEVICE.type == "cpu" and storage.kind == "nvfp4" and tokens > 1:
-        pytest.skip("the interpreter has no subnormal bfloat16")
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=IDS)
 @pytest.mark.parametrize("rows", [1, 2, 7, 33])
 def test_linear(storage: Storage, rows: int) -> None:
-    skip_what_the_interpreter_cannot(storage, rows)
     weights, expected = on_device(storage, 1)
     x = torch.randn(rows, storage.columns, device=DEVICE).to(BF16)
     found = TritonKernel(DEVICE).linear(weights, x)
@@ -87,14 +82,13 @@ def test_linear(storage: Storage, rows: int) -> None:
 def test_routed_pairs(storage: Storage, tokens: int, top_k: int) -> None:
     """Both parts joined, experts without a token, and one that gets them all."""
     experts = 6
-    skip_what_the_interpreter_cannot(storage, tokens * top_k // experts)
     weights, expected = on_device(storage.joined(2), experts)
     kernel = TritonKernel(DEVICE)
     ids = torch.rand(tokens, experts - 1, device=DEVICE).topk(top_k).indices
     if tokens == 24:
         ids[:, 0] = 5
     x = torch.randn(tokens, storage.columns, device=DEVICE).to(BF16)
-    plan = kernel.plan(ids, experts, storage)
+    plan = kernel.plan(ids, weights)
     found = kernel.product(weights, x, plan, tokens * top_k, top_k)
     pairs = x.double().repeat_interleave(top_k, 0)
     wanted = torch.einsum("pk,pnk->pn", pairs, expected[ids.reshape(-1)])
@@ -103,3 +97,43 @@ def test_routed_pairs(storage: Storage, tokens: int, top_k: int) -> None:
     ends = torch.bincount(ids.reshape(-1), minlength=experts).cumsum(0)
     grouped = kernel.grouped(weights, pairs[order].to(BF16), ends)
     assert_close(grouped, wanted[order])
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 1, 1), (5, 2, 3), (40, 8, 40)])
+@pytest.mark.parametrize("block", [8, 16])
+def test_pairs_are_put_into_blocks(tokens: int, top_k: int, experts: int, block: int) -> None:
+    """Every pair once, in a block of its expert; blocks filled up; the unused ones come last."""
+    ids = torch.rand(tokens, experts, device=DEVICE).topk(min(top_k, experts)).indices
+    if tokens == 5:
+        ids[:, 0] = 1  # more than half of the pairs, another expert may have none
+    pairs = ids.numel()
+    plan = TritonKernel(DEVICE).blocks(ids, experts, block)
+    counts = torch.bincount(ids.flatten(), minlength=experts)
+    used = int((-(-counts // block)).sum())
+    assert plan.blocks >= used
+    assert int(plan.padded) == used * block
+    slots = plan.slots.view(-1, block)
+    assert (slots[used:, 0] == pairs).all()
+    real = slots[:used][slots[:used] < pairs]
+    assert torch.equal(real.sort().values.cpu(), torch.arange(pairs, dtype=torch.int32))
+    for row, expert in zip(slots[:used], plan.expert[:used], strict=True):
+        own = row[row < pairs]
+        assert len(own) > 0
+        assert (row[len(own) :] == pairs).all()
+        assert (ids.flatten()[own.long()] == expert).all()
+
+
+def test_activation_and_weighted_sum() -> None:
+    """The kernels around the products against torch in float64."""
+    kernel = TritonKernel(DEVICE)
+    up = torch.randn(6, 2 * 1100, device=DEVICE).to(BF16)
+    gate, other = up.double().chunk(2, -1)
+    found = kernel.activated(types.SimpleNamespace(swiglu=True), up)
+    torch.testing.assert_close(
+        found.double(), torch.nn.functional.silu(gate) * other, rtol=2e-2, atol=1e-3
+    )
+    weights = torch.rand(3, 2, device=DEVICE)
+    out = torch.randn(6, 1500, device=DEVICE).to(BF16)
+    wanted = (out.view(3, 2, -1).double() * weights.double().unsqueeze(-1)).sum(1)
+    found = kernel.combined(out, weights, BF16)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-2, atol=2e-2)

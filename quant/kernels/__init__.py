@@ -1,0 +1,1 @@
+"""Rounding on a GPU, in Triton. Imported only where tensors are on CUDA."""
