@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from calibration.tokens import TokenSet
     from evals.fidelity import EvalSettings
     from models.opening import OpenModel
+    from models.processes import Processes
     from models.progress import Progress
     from quant.budget import Menu, Part
     from quant.quantize import QuantizeSettings
@@ -52,10 +53,17 @@ def budget_of(
     return Budget(nbytes=nbytes, schemes=tuple(found), folder=folder, tokens=tokens)
 
 
-def checked_menu(opened: OpenModel, budget: Budget, settings: QuantizeSettings) -> Menu:
+def checked_menu(
+    opened: OpenModel, budget: Budget, settings: QuantizeSettings, processes: Processes
+) -> Menu:
     """What can be chosen for `opened`. InputError when nothing fits, before any long work."""
     from quant.budget import check_budget, menu_of
 
+    if processes.size > 1:
+        raise InputError(
+            "--budget measures in one process; run it alone (quantize has --dry-run), "
+            "then share the job with --recipe"
+        )
     menu = menu_of(opened, budget.schemes, settings)
     check_budget(menu, budget.nbytes)
     return menu

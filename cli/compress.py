@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -123,7 +122,9 @@ def compress(
         )
         opened = open_model(model)
         pruned = still_unpruned(opened, keep, criterion, groups)
-        menu = checked_menu(pruned, asked, settings) if isinstance(asked, Budget) else None
+        menu = None
+        if isinstance(asked, Budget):
+            menu = checked_menu(pruned, asked, settings, processes)
         used = processes.from_first(
             lambda: token_set(
                 model,
@@ -139,8 +140,8 @@ def compress(
         ahead = prune_ahead(opened, pruned, used, settings, processes)
         if isinstance(asked, Budget):
             assert menu is not None
-            chosen, inputs["budget"] = processes.from_first(
-                partial(budget_recipe, asked, menu, opened, used, out, settings, force, progress)
+            chosen, inputs["budget"] = budget_recipe(
+                asked, menu, opened, used, out, settings, force, progress
             )
         else:
             chosen = asked

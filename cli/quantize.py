@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -127,7 +126,9 @@ def quantize(
             batch_tokens=batch_tokens,
             layout=layout,
         )
-        menu = checked_menu(opened, asked, settings) if isinstance(asked, Budget) else None
+        menu = None
+        if isinstance(asked, Budget):
+            menu = checked_menu(opened, asked, settings, processes)
         used = None
         if tokens is not None or mix is not None:
             used = processes.from_first(
@@ -145,8 +146,8 @@ def quantize(
         facts: dict[str, Any] = {"out": str(out)}
         if isinstance(asked, Budget):
             assert menu is not None
-            chosen, facts["budget"] = processes.from_first(
-                partial(budget_recipe, asked, menu, opened, used, out, settings, force, progress)
+            chosen, facts["budget"] = budget_recipe(
+                asked, menu, opened, used, out, settings, force, progress
             )
             inputs["budget"] = facts["budget"]
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from cli.budget import budget_lines, ranges
+from cli.budget import budget_lines, budget_of, checked_menu, ranges
 from cli.main import run
+from models.errors import InputError
+from models.opening import open_model
+from models.processes import ALONE
+from quant.quantize import QuantizeSettings
 from tests.cli.models import model, token_file
 
 SMALL = ["--group-size", "8", "--quiet"]
@@ -147,6 +152,13 @@ def test_experts_that_differ_are_announced() -> None:
     assert any("transformers" in line for line in lines)
     facts["schemes"] = {"expert": {"W4A16": [0, 1, 2]}}
     assert not any("transformers" in line for line in budget_lines(facts))
+
+
+def test_several_processes(work: Path) -> None:
+    budget = budget_of(10**12, "W3A16,W4A16", None, 100, 8, False)
+    two = dataclasses.replace(ALONE, size=2)
+    with pytest.raises(InputError, match="in one process"):
+        checked_menu(open_model(work / "m"), budget, QuantizeSettings(), two)
 
 
 def test_ranges() -> None:
