@@ -18,7 +18,7 @@ disk      `prune` and `quantize --method rtn --scheme NVFP4A16` from and to the 
           own rates: cold reads and flushed writes by 8 threads, and `cp`. The jobs' own time, from
           their manifests: neither the start of Python nor the check of the output is in it.
 
-Kernels are in benchmarks/gpu_kernels.py and gptq_gpu.py.
+Kernels by themselves: stream_kernels.py, hessian_kernels.py and gptq_gpu.py.
 """
 
 from __future__ import annotations

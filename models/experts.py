@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.activations import SiLUActivation
 
 TOKENS_SUMMED_AT_ONCE = 1024
 TRITON = find_spec("triton") is not None  # comes with torch's CUDA builds for Linux
@@ -238,7 +239,7 @@ def _is_gated_silu(original: nn.Module) -> bool:
     """Whether the family's activation is silu(gate) * up with the halves one behind the other."""
     own = getattr(type(original), "_apply_gate", None)
     default = own is None or own.__name__ == "_default_apply_gate"  # transformers' own
-    return default and isinstance(getattr(original, "act_fn", None), nn.SiLU)
+    return default and isinstance(getattr(original, "act_fn", None), (nn.SiLU, SiLUActivation))
 
 
 def _inverse(order_P: torch.Tensor) -> torch.Tensor:

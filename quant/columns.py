@@ -6,6 +6,8 @@ Left-looking in blocks: one product brings the errors of all earlier blocks to a
 a vector product those inside it; W is never rewritten. Columns are rows in memory ([K, N]), so
 that all rows of a column, and all experts, are one contiguous operation.
 
+On a GPU a block is one kernel, and products are TF32 (quant/kernels/columns.py).
+
 Refused: the right-looking form, which rewrites the rest of W after every block.
 """
 

@@ -11,6 +11,9 @@ size g. It is solved for several steps around the current one (least squares giv
 `FACTORS`), then single codes are moved to their best value given the rest. A row keeps the
 candidate that costs least, its present state among them, so the error never rises.
 
+On a GPU the candidates are made from the present step, which saves a product for each group, and
+the pull is found for several groups at once in TF32 (quant/kernels/refinement.py).
+
 Refused: moving the codes alone (60 % of the gain), and whole-matrix restarts with other scales
 (their gain fades with the number of groups).
 

@@ -6,8 +6,9 @@
 Both are bound by memory: torch's operations read and write the pairs' rows four times for the
 first and, with REAP's norms in float64, five times for the second. Roundings are those of
 transformers' operations in the same types (silu is rounded before it is multiplied, a product of
-two bfloat16 values before it is added); sums over a token's choices are in float32 and may differ
-from torch's in the order of additions. No atomics: the same inputs give the same bits.
+two bfloat16 values before it is added), the first gives torch's very bits; sums over a token's
+choices are in float32 and may differ in the order of additions. No atomics: the same inputs give
+the same bits.
 
 Legend: T tokens, K top_k, P = T * K pairs, D hidden, F intermediate.
 """
@@ -17,19 +18,22 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 COLUMNS = 1024  # of a row that a program holds at once
 
 
 @triton.jit
-def _gated_silu(up, out, width, COLUMNS: tl.constexpr):
+def _gated_silu(up, out, width, COLUMNS: tl.constexpr, AS_TORCH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width
     gate = tl.load(up + row * 2 * width + column, mask=inside, other=0.0)
     value = tl.load(up + row * 2 * width + width + column, mask=inside, other=0.0)
     x = gate.to(tl.float32)
-    activated = (x / (1.0 + tl.exp(-x))).to(gate.dtype)
+    # CUDA's expf and an exact division, as in torch; the interpreter knows only Triton's own
+    decayed = libdevice.exp(-x) if AS_TORCH else tl.exp(-x)
+    activated = tl.div_rn(x, 1.0 + decayed).to(gate.dtype)
     product = activated.to(tl.float32) * value.to(tl.float32)
     tl.store(out + row * width + column, product.to(gate.dtype), mask=inside)
 
@@ -40,7 +44,9 @@ def gated_silu(up_PF: torch.Tensor) -> torch.Tensor:
     width = double // 2
     out = up_PF.new_empty(rows, width)
     if rows:
-        _gated_silu[(rows, triton.cdiv(width, COLUMNS))](up_PF, out, width, COLUMNS=COLUMNS)
+        _gated_silu[(rows, triton.cdiv(width, COLUMNS))](
+            up_PF, out, width, COLUMNS=COLUMNS, AS_TORCH=up_PF.is_cuda
+        )
     return out
 
 

@@ -151,11 +151,14 @@ def rounded_in_order(
                 extra = upper[:, :far, far:end].mT @ errors[:, :far]
         for start in range(far, end, BLOCK):
             stop = min(start + BLOCK, end)
-            mine = None if extra is None else extra[:, start - far : stop - far]
+            if extra is None:  # nothing comes before the first: zeros, not a kernel of its own
+                mine = weight_BKN.new_zeros(batch, stop - start, rows)
+            else:
+                mine = extra[:, start - far : stop - far]
             if start > far:
                 coupling, before = upper[:, far:start, start:stop].mT, errors[:, far:start]
                 with tf32_products():
-                    mine = coupling @ before if mine is None else mine.baddbmm_(coupling, before)
+                    mine.baddbmm_(coupling, before)
             launch(
                 weight_BKN,
                 mine,

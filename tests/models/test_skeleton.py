@@ -143,6 +143,14 @@ def test_experts_show_what_the_router_chose(tmp_path: Path) -> None:
     assert pairs == expected
 
 
+def test_silu_gating_is_known_from_other_activations(tmp_path: Path) -> None:
+    """Families that gate by silu alone have a kernel; limits and biases are the family's code."""
+    for family, plain in (("deepseek_v32", True), ("qwen3_moe", True), ("gpt_oss", False)):
+        opened = open_model(tiny_model(family, tmp_path / family))
+        skeleton = Skeleton(opened.source, dtype=torch.float32)
+        assert {experts.gated_silu for experts in skeleton.experts.values()} == {plain}
+
+
 def test_nan_weights_are_named(tmp_path: Path) -> None:
     path = tiny_model("qwen3_moe", tmp_path / "model", shards=1)
     tensors = load_file(path / "model.safetensors")
