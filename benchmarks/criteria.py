@@ -2,6 +2,7 @@
 
     python -m benchmarks.criteria MODEL OUT [--seeds 3]
     python -m benchmarks.criteria MODEL OUT --scheme W3A16 [--criteria reap,output-error]
+    python -m benchmarks.criteria MODEL OUT --repairs scales,down,scales+down [--shares 0.5]
 
 For each seed a calibration sample of the offline mix (20 samples of each domain, up to 512 tokens,
 as `thresher demo`), one scoring pass with damage statistics, and for 25 % and 50 % of the experts
@@ -10,7 +11,9 @@ each domain: perplexity and KL by domain. `auto` judges on 4 other samples of ea
 table gives the mean over seeds and the half-width of its 95 % interval (t, n - 1 degrees).
 
 With --scheme the named criteria's models are also written and quantized by GPTQ, and the KL is
-split: what pruning lost, and what rounding added. Each step resumes by itself.
+split: what pruning lost, and what rounding added. With --repairs the models of `output-error` are
+also written repaired, by the tokens they were scored on, and judged beside `reap`'s. Each step
+resumes by itself.
 """
 
 from __future__ import annotations
@@ -23,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from calibration.tokens import TokenSet
-from cli.auto import pruned_view
 from cli.token_sets import token_set
 from evals.fidelity import EvalSettings, evaluate_all
 from models.opening import OpenModel, open_model
@@ -36,6 +38,9 @@ from reap.damage import SAMPLED_TOKENS
 from reap.damage_file import DamageStats
 from reap.plan import PrunePlan, make_plan
 from reap.prune import prune_checkpoint
+from reap.pruned_source import pruned_view
+from reap.repair import Repair, RepairSettings
+from reap.repair_fit import repair_kinds
 from reap.score import ScoreSettings, score
 
 SHARES = (0.5, 0.25)
@@ -169,6 +174,53 @@ def quantized(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+def repaired(args: argparse.Namespace) -> str:
+    """KL of `reap`, `output-error` and the latter repaired, over the seeds."""
+    opened, heldout = open_model(args.model), sample(args.model, "heldout", 12, 0)
+    lines = []
+    for share in (float(share) for share in args.shares.split(",")):
+        found: dict[str, list[float]] = {}
+        for seed in range(args.seeds):
+            tokens, folder = sample(args.model, "train", 20, seed), args.out / f"scores-{seed}"
+            settings = ScoreSettings(batch_tokens=BATCH_TOKENS, damage_tokens=SAMPLED_TOKENS)
+            score(args.model, tokens, folder, settings)
+            plans = plans_of(opened, folder, share)
+            models: dict[str, Any] = {
+                name: pruned_view(opened, plans[name]) for name in ("reap", OUTPUT_ERROR)
+            }
+            for kinds in args.repairs.split(","):
+                how = RepairSettings(
+                    kinds=repair_kinds(kinds.replace("+", ",")),
+                    tokens=tokens,
+                    batch_tokens=BATCH_TOKENS,
+                )
+                out = args.out / f"repaired-{seed}-{share}-{kinds}"
+                plan = plans[OUTPUT_ERROR]
+                prune_checkpoint(opened.source, plan, out, repair=Repair(opened, plan, how))
+                models[f"{OUTPUT_ERROR}, {kinds}"] = out
+            results = evaluate_all(
+                models,
+                heldout,
+                EvalSettings(batch_tokens=BATCH_TOKENS),
+                reference=args.model,
+                identity={name: [share, seed, name] for name in models},
+                out=args.out / f"judged-repairs-{seed}-{share}",
+            )
+            for name, result in results.items():
+                found.setdefault(name, []).append(result["kl"])
+            print(seed, share, {n: round(r["kl"], 4) for n, r in results.items()}, flush=True)
+        lines += [
+            f"\n{share:.0%} removed\n",
+            "| kept by, repair | KL | against reap |",
+            "|---|---|---|",
+        ]
+        mean = {name: sum(values) / len(values) for name, values in found.items()}
+        for name, values in found.items():
+            against = mean[name] / mean["reap"] - 1
+            lines.append(f"| {name} | {mean_and_width(values)} | {against:+.0%} |")
+    return "\n".join(lines)
+
+
 def rounded_to(args: argparse.Namespace, model: Path, out: Path, tokens: TokenSet) -> None:
     scheme = scheme_with(args.scheme, group_size=args.group_size)
     quantize(
@@ -189,7 +241,12 @@ def main() -> None:
     parser.add_argument("--scheme")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--criteria", default="reap,output-error")
+    parser.add_argument("--repairs")
+    parser.add_argument("--shares", default=",".join(str(share) for share in SHARES))
     args = parser.parse_args()
+    if args.repairs:
+        print(repaired(args))
+        return
     if args.scheme:
         print(quantized(args))
         return

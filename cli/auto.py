@@ -26,7 +26,7 @@ from models.progress import Progress, silent
 from reap.criteria import AUTO, CRITERIA, OUTPUT_ERROR
 from reap.damage_file import DamageStats
 from reap.plan import PrunePlan, make_plan
-from reap.pruned_source import PrunedSource
+from reap.pruned_source import pruned_view
 from reap.stats import SaliencyStats
 
 
@@ -82,14 +82,6 @@ def best_plan(
         "measured": measured,
     }
     return replace(plans[best], criterion=AUTO, evidence=evidence)
-
-
-def pruned_view(opened: OpenModel, plan: PrunePlan) -> OpenModel:
-    """The pruned model, readable without having been written."""
-    source = PrunedSource(opened.source, plan)
-    for layer, kept in plan.layers.items():
-        source.keep(layer, kept)
-    return OpenModel(opened.checkpoint, source.spec, source)
 
 
 def _fingerprint(plan: PrunePlan) -> str:

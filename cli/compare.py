@@ -13,17 +13,25 @@ from cli.options import json_option, stdout_kept
 @click.command()
 @click.argument("first", metavar="FIRST", type=click.Path())
 @click.argument("second", metavar="SECOND", type=click.Path())
+@click.option(
+    "--shares",
+    is_flag=True,
+    help="SECOND is FIRST changed once more (pruned, then rounded too): also say which share of "
+    "the KL to the original either step has.",
+)
 @json_option
-def compare(first: str, second: str, as_json: bool) -> None:
+def compare(first: str, second: str, shares: bool, as_json: bool) -> None:
     """Differences SECOND - FIRST with 95 % intervals (paired bootstrap over samples).
 
     FIRST and SECOND are what `thresher eval -o` wrote: a folder, or one of its samples*.jsonl or
     items.jsonl files.
     """
     with stdout_kept():
-        from evals.comparison import compare_runs, read_run
+        from evals.comparison import compare_runs, read_run, shares_of_loss
 
         found = compare_runs(read_run(first), read_run(second))
+        if shares:
+            found["shares"] = shares_of_loss(found)
     click.echo(json.dumps(found) if as_json else "\n".join(lines(found)))
 
 
@@ -41,4 +49,11 @@ def lines(found: dict[str, Any]) -> list[str]:
                 f"{group:<16}{figure:<16}{own['first']:>12.4f}{own['second']:>12.4f}"
                 f"{own['difference']:>+12.4f}   {shown}"
             )
+    for group, own in found.get("shares", {}).items():
+        interval = own["interval"]
+        shown = "" if interval is None else f" ({interval[0]:+.0%} to {interval[1]:+.0%})"
+        text.append(
+            f"{group:<16}of a KL of {own['kl']:.4f} the first step has {own['first']:.0%}, "
+            f"the second {own['second']:.0%}{shown}"
+        )
     return [*text, f"{found['samples']} samples; * zero lies outside the interval"]

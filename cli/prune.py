@@ -10,6 +10,7 @@ import click
 
 from cli.options import (
     ByDomain,
+    compute_options,
     force_option,
     json_option,
     model_argument,
@@ -92,6 +93,19 @@ if TYPE_CHECKING:
     help="Keep these domains' own best experts: a share of a layer's (code:0.1) or a number "
     "(code:8); all:Q for every domain.",
 )
+@click.option(
+    "--repair",
+    metavar="KINDS",
+    help="Correct kept experts toward the original's output: scales, down, or scales,down.",
+)
+@click.option(
+    "--repair-tokens",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Calibration token set of --repair; --device, --dtype, --memory and --batch-tokens are "
+    "for it too.",
+)
+@compute_options
 @click.option("--plan-only", is_flag=True, help="Write plan.json and no checkpoint.")
 @out_option("Folder of the pruned checkpoint.")
 @force_option
@@ -109,13 +123,20 @@ def prune(
     seed: int,
     weights: dict[str, float] | None,
     protect: dict[str, float] | None,
+    repair: str | None,
+    repair_tokens: Path | None,
+    device: str,
+    dtype: str,
+    memory: int | None,
+    batch_tokens: int | None,
     plan_only: bool,
     out: Path,
     force: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Write MODEL without its least salient experts; kept tensors are copied byte for byte.
+    """Write MODEL without its least salient experts; kept tensors are copied byte for byte, but
+    for down projections where --repair asks to correct them.
 
     Run again with the same arguments after an interruption, it continues and ends with the same
     bytes.
@@ -137,6 +158,11 @@ def prune(
             raise InputError(
                 "--criterion auto judges on held-out tokens, which no other criterion reads; "
                 "give --tokens FILE with auto, and only with it"
+            )
+        if (repair is None) != (repair_tokens is None) or (repair is not None and plan_only):
+            raise InputError(
+                "--repair corrects the written experts by calibration tokens; give --repair KINDS "
+                "and --repair-tokens FILE together, and not with --plan-only"
             )
         stats, opened = SaliencyStats.load(scores), open_model(model)
         asked: dict[str, Any] = {
@@ -176,10 +202,33 @@ def prune(
                 "saliency_sha256": plan.saliency_sha256,
                 "tokens": stats.digests.get("tokens", ""),
             }
+            mending = None
+            if repair is not None and repair_tokens is not None:
+                from calibration.tokens import TokenSet
+                from reap.repair import Repair, RepairSettings
+                from reap.repair_fit import repair_kinds
+
+                settings = RepairSettings(
+                    kinds=repair_kinds(repair),
+                    tokens=TokenSet.load(repair_tokens),
+                    device=device,
+                    dtype=dtype,
+                    memory=memory,
+                    batch_tokens=batch_tokens,
+                )
+                mending = Repair(opened, plan, settings)
             manifest = prune_checkpoint(
-                opened.source, plan, out, inputs=inputs, force=force, progress=progress
+                opened.source,
+                plan,
+                out,
+                inputs=inputs,
+                repair=mending,
+                force=force,
+                progress=progress,
             )
             facts["bytes"] = manifest["total_size"]
+            if mending is not None:
+                facts["repair"] = manifest["repair"]
     click.echo(json.dumps(facts) if as_json else line(facts))
 
 
@@ -236,6 +285,14 @@ def line(facts: dict[str, Any]) -> str:
     if facts["dead"]:
         dead = f"; {facts['dead']} experts saw no token, {facts['dead_kept']} of them kept"
     size = f", {facts['bytes'] / 1e9:,.2f} GB" if "bytes" in facts else ", plan only"
+    if "repair" in facts:
+        layers = facts["repair"]["layers"].values()
+        experts = sum(layer["experts"] for layer in layers)
+        left = sum(layer["error_left"] for layer in layers) / max(1, len(layers))
+        dead += (
+            f"; {experts} experts corrected by {', '.join(facts['repair']['repairs'])}, "
+            f"{left:.0%} of the layers' error left on their tokens"
+        )
     return (
         f"{facts['out']}: {facts['keep']} of {facts['num_experts']} experts kept in "
         f"{facts['layers']} layers by {facts['criterion']}{size}{dead}"

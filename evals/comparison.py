@@ -125,6 +125,30 @@ def compare_runs(first: Run, second: Run) -> dict[str, Any]:
     }
 
 
+def shares_of_loss(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of SECOND's KL to the original, what the step to FIRST lost and what the one after it added.
+
+    `found` is what `compare_runs` gave for FIRST = pruned and SECOND = the same model rounded:
+    {"all" | domain: {"kl", "first", "second", "interval"}}, the interval that of the second share.
+    InputError when a run has no KL.
+    """
+    shares: dict[str, dict[str, Any]] = {}
+    for group, figures in found["groups"].items():
+        kl = figures.get("kl")
+        if kl is None or kl["second"] <= 0:
+            raise InputError(
+                "there is no loss to share out: evaluate both models with --reference, the original"
+            )
+        low_high = kl["interval"]
+        shares[group] = {
+            "kl": kl["second"],
+            "first": kl["first"] / kl["second"],
+            "second": kl["difference"] / kl["second"],
+            "interval": None if low_high is None else [x / kl["second"] for x in low_high],
+        }
+    return shares
+
+
 def difference(
     first: Run,
     second: Run,

@@ -7,9 +7,9 @@ rates (models/machines.py). With D hidden, F intermediate, E experts, T tokens, 
     Hessians   2 T (top_k (D^2 + F^2) + sum over inputs of the other Linears of K^2) / hessian_flops
     solving    sum over matrices of K^3 / factor_cubed + N K (round + sweeps * sweep)
 
-with S tokens a sample. Reading runs ahead of computing, so a layer takes the longer of the two; what is written is not
-hidden. `compress` scores and rounds in one walk: one forward of the intact model, two and a part
-of the cut one.
+with S tokens a sample. Reading runs ahead of computing, so a layer takes the longer of the two;
+what is written is not hidden. `compress` scores and rounds in one walk: one forward of the intact
+model, two of the cut one.
 """
 
 from __future__ import annotations

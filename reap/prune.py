@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from models.architecture import HASH_COUNT_KEY, ModelSpec, Place, expert_axis
 from models.byte_copy import ByteRange
@@ -54,19 +54,35 @@ MODULE_LISTS = (
 )
 
 
+class Repairing(Protocol):
+    """What corrects kept experts before they are written (reap/repair.py)."""
+
+    @property
+    def job(self) -> Mapping[str, Any]:
+        """What is asked, for the job's identity."""
+
+    def run(self, journal: Journal, progress: Progress) -> dict[str, Any]:
+        """Correct, into the job's folder; what was done."""
+
+    def replaced(self, tensors: Sequence[OutputTensor], folder: Path) -> list[OutputTensor]:
+        """The output's tensors with the corrected ones in place."""
+
+
 def prune_checkpoint(
     source: Source,
     plan: PrunePlan,
     out: Path,
     *,
     inputs: Mapping[str, Any] | None = None,
+    repair: Repairing | None = None,
     force: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the pruned checkpoint to `out` and return its manifest.
 
-    `inputs` (JSON: scores, tokens, mix and their digests) go into the manifest. Killed at any
+    `inputs` (JSON: scores, tokens, mix and their digests) go into the manifest; `repair` corrects
+    kept experts before they are written (reap/repair.py). Killed at any
     moment and called again, it goes on and ends with the same bytes. Raises InputError when plan
     and model do not fit, experts are missing, `out` is not ours, or the disk is full.
     """
@@ -87,6 +103,7 @@ def prune_checkpoint(
         "plan_sha256": hashlib.sha256(plan_json).hexdigest(),
         "max_shard_bytes": max_shard_bytes,
         "thresher": versions()["thresher"],
+        **({"repair": dict(repair.job)} if repair is not None else {}),
     }
     adopt_plan(plan, out)
     with Journal.open(out, job, force) as journal:
@@ -98,6 +115,11 @@ def prune_checkpoint(
         write_file(journal, "config.json", json_bytes(cut.config()))
         root = source.checkpoint.root
         carry_files(root, source.checkpoint.other_files(), journal)
+        repaired: dict[str, Any] = {}
+        if repair is not None:
+            repaired = {"repair": repair.run(journal, progress)}
+            replaced = repair.replaced(list(cut.tensors(source)), journal.folder)
+            shards = plan_shards(replaced, max_shard_bytes)
         write_shards(shards, journal, progress)
         facts = {
             "source": {"path": str(root.resolve()), "digest": job["source"]},
@@ -106,6 +128,7 @@ def prune_checkpoint(
             "num_experts": plan.num_experts,
             "keep": plan.keep,
             "total_size": shards.total_size,
+            **repaired,
         }
         return write_manifest(journal, started, facts)
 

@@ -11,6 +11,7 @@ import torch
 from models.architecture import Place, expert_axis
 from models.checkpoint import TensorInfo
 from models.families import spec_of
+from models.opening import OpenModel
 from models.source_formats import Source
 from models.stored_parts import Format
 from models.writer import OutputTensor
@@ -133,6 +134,14 @@ class PrunedSource(Source):
             return rows_of(info, self.plan.num_experts, self.kept[place.layer])
         copy = self.whole.copied(info.name)
         return OutputTensor(logical, copy.dtype, copy.shape, copy.ranges)
+
+
+def pruned_view(opened: OpenModel, plan: PrunePlan) -> OpenModel:
+    """The pruned model, readable without having been written."""
+    source = PrunedSource(opened.source, plan)
+    for layer, kept in plan.layers.items():
+        source.keep(layer, kept)
+    return OpenModel(opened.checkpoint, source.spec, source)
 
 
 def numbered(logical: str, place: Place, expert: int) -> str:

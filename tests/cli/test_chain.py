@@ -199,3 +199,32 @@ def test_libraries_do_not_leak_to_stdout(root: Path, tmp_path: Path) -> None:
     assert done.returncode == 0
     assert json.loads(done.stdout)["out"] == str(tmp_path / "s")
     assert "Warning" not in done.stderr
+
+
+def test_prune_repairs_and_the_result_can_be_rounded(
+    root: Path, scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens, out = root / "t.safetensors", tmp_path / "mended"
+    asked = ("prune", root / "m", "--scores", scored, "--ratio", 0.5, "-o", out)
+    facts, _ = called(capsys, *asked, "--repair", "down,scales", "--repair-tokens", tokens)
+    assert facts["repair"]["repairs"] == ["scales", "down"]
+    assert sum(layer["experts"] for layer in facts["repair"]["layers"].values()) > 0
+    repeated, _ = called(capsys, *asked, "--repair", "scales,down", "--repair-tokens", tokens)
+    assert repeated == facts
+    assert run([*map(str, asked), "--repair", "down"]) == 2
+    assert "--repair-tokens FILE together" in capsys.readouterr().err
+    rounded = tmp_path / "rounded"
+    facts, _ = called(
+        capsys, "quantize", out, "--scheme", "W3A16", "--group-size", 8, "--tokens", tokens,
+        "-o", rounded,
+    )  # fmt: skip
+    assert facts["verified"]
+    judged = []
+    for name, folder in (("pruned", out), ("rounded", rounded)):
+        judged.append(tmp_path / f"judged-{name}")
+        called(
+            capsys, "eval", folder, "--reference", root / "m", "--tokens", tokens,
+            "-o", judged[-1],
+        )  # fmt: skip
+    found, _ = called(capsys, "compare", *judged, "--shares")
+    assert found["shares"]["all"]["first"] + found["shares"]["all"]["second"] == pytest.approx(1)

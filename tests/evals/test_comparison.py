@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evals.comparison import compare_runs, read_run
+from evals.comparison import compare_runs, read_run, shares_of_loss
 from evals.fidelity import EvalSettings, evaluate, evaluate_all
 from models.errors import InputError
 from tests.tiny import tiny_model
@@ -42,6 +42,22 @@ def test_figures_are_those_of_the_evaluations(runs: Path) -> None:
             assert got["second"] == pytest.approx(wanted["c"][figure], rel=1e-9)
             assert got["difference"] == pytest.approx(got["second"] - got["first"], rel=1e-9)
             assert got["interval"][0] <= got["difference"] <= got["interval"][1]
+
+
+def test_the_shares_of_two_steps_are_those_of_their_kl(runs: Path) -> None:
+    results = json.loads((runs / "both" / "evaluation.json").read_text())
+    first, second = (read_run(runs / "both" / f"samples-{name}.jsonl") for name in "bc")
+    shares = shares_of_loss(compare_runs(first, second))
+    for group in ("all", "code", "tools"):
+        one, two = (r if group == "all" else r["by_domain"][group] for r in results.values())
+        assert shares[group]["kl"] == pytest.approx(two["kl"])
+        assert shares[group]["first"] == pytest.approx(one["kl"] / two["kl"])
+        assert shares[group]["first"] + shares[group]["second"] == pytest.approx(1)
+        low, high = shares[group]["interval"]
+        assert low <= shares[group]["second"] <= high
+    elsewhere = read_run(runs / "elsewhere")
+    with pytest.raises(InputError, match="--reference"):
+        shares_of_loss(compare_runs(elsewhere, elsewhere))
 
 
 def test_a_run_against_itself(runs: Path) -> None:
