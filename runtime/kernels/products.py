@@ -16,9 +16,9 @@ exact value, and one multiplication rounds its product with the scale:
     E2M1, E4M3  sign, exponent and mantissa to their places: the value times 2^-126 or 2^-120,
                 multiplied back. Their scales are float32, so is the product with them
 
-A program is one warp and asks for the next words of its rows before it works on these: with a
-sixteenth of a multiprocessor's registers each, enough are on their way at any time to keep the
-memory busy. Inputs come from the first cache, which the weights are kept out of.
+A program is one warp and asks for the next words of its rows before it works on these, so that
+enough are on their way to keep the memory busy (docs/log.md: where the compiler moves those loads,
+a third of the speed is gone). Inputs come from the first cache, which the weights are kept out of.
 """
 
 from __future__ import annotations
