@@ -257,18 +257,15 @@ def planned(
 
 
 def tune_rows(kernel: TritonKernel, weights: PackedWeights, case: Case, name: str) -> None:
-    """Other tokens, rows and registers than the kernel's own."""
+    """Other tokens and rows than the kernel's own."""
     from runtime.kernels import triton_kernel
 
     own = dict(triton_kernel.BLOCKS)
-    for tokens, rows, registers in itertools.product(own, (16, 32), (96, 128, 160, 255)):
+    for tokens, rows in itertools.product((8, 16, 32, 64), (16, 32)):
         if case.tokens == 1 and tokens != min(own):
             continue
-        triton_kernel.BLOCKS[tokens] = rows, registers
-        what = (
-            f"  tune {name} {case.shape} {case.tokens} tokens: blocks of {tokens} x {rows} rows, "
-            f"{registers} registers"
-        )
+        triton_kernel.BLOCKS[tokens] = rows
+        what = f"  tune {name} {case.shape} {case.tokens} tokens: blocks of {tokens} x {rows} rows"
         try:
             runs = []
             for ids, x in zip(case.ids, case.inputs, strict=True):
@@ -280,6 +277,7 @@ def tune_rows(kernel: TritonKernel, weights: PackedWeights, case: Case, name: st
             print(f"{what}: {timed(runs) * 1e6:.1f} us", flush=True)
         except Exception as error:
             print(f"{what}: {str(error)[:80]}", flush=True)
+        triton_kernel.BLOCKS.clear()
         triton_kernel.BLOCKS.update(own)
 
 

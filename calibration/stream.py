@@ -135,14 +135,12 @@ class LayerWalk:
         `keep_output` stores what enters the next layer; without `last_pass` what entered this
         one stays for another pass. `after_round` is called equally often in all processes.
         """
-        skeleton = self.skeleton
         finite: list[torch.Tensor] = []
         entering = self.carries.entering(layer, self.own, keep=not last_pass)
         for number, carry in zip(self.own, entering, strict=True):
             batch = self.batch(number)
             current[:] = [batch]
-            call = skeleton.call(layer, *self._on_device(batch))
-            leaving = skeleton.run_layer(layer, call, carry)
+            leaving = self.through(layer, batch, carry)
             finite.append(tokens_are_finite(batch, leaving["hidden_states"]))
             if not finite[-1].is_cuda:  # asking a GPU would wait for it
                 check_finite(layer, finite)
@@ -156,6 +154,11 @@ class LayerWalk:
             after_round()  # the last round had no batch for this process
         check_finite(layer, finite)
         self.carries.settle()
+
+    def through(self, layer: int, batch: Batch, carry: Carry) -> Carry:
+        """What leaves the loaded layer for `carry`, which entered it on the device."""
+        call = self.skeleton.call(layer, *self._on_device(batch))
+        return self.skeleton.run_layer(layer, call, carry)
 
     def snapshot(self, layer: int) -> list[str]:
         """Write what enters `layer` to disk; the digest of each batch's file, in all processes."""

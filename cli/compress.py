@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from cli.budget import Budget, budget_recipe, checked_menu
 from cli.options import (
+    budget_options,
     compute_options,
     force_option,
     json_option,
@@ -22,7 +24,7 @@ from cli.options import (
     tokens_option,
 )
 from cli.progress import shown
-from cli.quantize import chosen_recipe, lines, summary
+from cli.quantize import asked_bits, lines, summary
 from cli.token_sets import token_facts, token_set
 from models.errors import InputError
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 @model_argument
 @click.option("--keep", type=click.IntRange(min=1), required=True, metavar="N", help="Experts.")
 @recipe_options
+@budget_options
 @click.option("--criterion", default="reap", show_default=True, metavar="C")
 @click.option("--groups", type=click.Choice(["keep", "flatten"]), default="keep", show_default=True)
 @click.option("--method", type=click.Choice(["gptq", "rtn"]), default="gptq", show_default=True)
@@ -55,6 +58,10 @@ def compress(
     keep: int,
     scheme: str | None,
     recipe: Path | None,
+    budget: int | None,
+    schemes: str,
+    damage_folder: Path | None,
+    damage_tokens: int,
     criterion: str,
     groups: GroupMode,
     method: Literal["gptq", "rtn"],
@@ -102,7 +109,22 @@ def compress(
                 "run score, prune and quantize one after another"
             )
         resolve_keep(spec_of(load_config(model)), keep=keep, ratio=None, groups=groups)
-        chosen = chosen_recipe(scheme, recipe, group_size, asymmetric)
+        asked = asked_bits(
+            scheme, recipe, budget, schemes, damage_folder, damage_tokens, group_size, asymmetric
+        )
+        settings = QuantizeSettings(
+            method=method,
+            device=device,
+            dtype=dtype,
+            memory=None if memory is None else memory // 2,  # for each of the two streams
+            batch_tokens=batch_tokens,
+            layout=layout,
+        )
+        opened = open_model(model)
+        pruned = still_unpruned(opened, keep, criterion, groups)
+        menu = None
+        if isinstance(asked, Budget):
+            menu = checked_menu(pruned, asked, settings, processes)
         used = processes.from_first(
             lambda: token_set(
                 model,
@@ -114,24 +136,22 @@ def compress(
                 progress=progress,
             )
         )
-        settings = QuantizeSettings(
-            method=method,
-            device=device,
-            dtype=dtype,
-            memory=None if memory is None else memory // 2,  # for each of the two streams
-            batch_tokens=batch_tokens,
-            layout=layout,
-        )
-        ahead, pruned = prune_ahead(
-            open_model(model), used, keep, criterion, groups, settings, processes
-        )
+        inputs = token_facts(used)
+        ahead = prune_ahead(opened, pruned, used, settings, processes)
+        if isinstance(asked, Budget):
+            assert menu is not None
+            chosen, inputs["budget"] = budget_recipe(
+                asked, menu, opened, used, out, settings, force, progress
+            )
+        else:
+            chosen = asked
         manifest = quantize(
             pruned,
             chosen,
             out,
             settings,
             tokens=used,
-            inputs=token_facts(used),
+            inputs=inputs,
             ahead=ahead,
             force=force,
             progress=progress,
@@ -142,28 +162,18 @@ def compress(
     with stdout_kept(), shown(quiet) as progress:
         report = verify_checkpoint(out, progress=progress)
         facts = {"out": str(out), "keep": keep, **summary(manifest), "verified": report.ok}
+        if "budget" in inputs:
+            facts["budget"] = inputs["budget"]
     click.echo(json.dumps(facts) if as_json else "\n".join(lines(facts)))
     report.demand()
 
 
-def prune_ahead(
-    opened: OpenModel,
-    tokens: TokenSet,
-    keep: int,
-    criterion: str,
-    groups: GroupMode,
-    settings: QuantizeSettings,
-    processes: Processes,
-) -> tuple[PruneAhead, OpenModel]:
-    """The work that goes before each layer, and the pruned model as it will be."""
-    from calibration.batches import BATCH_TOKENS
-    from models.opening import OpenModel, compute_device, compute_dtype
-    from reap.ahead import PruneAhead
+def still_unpruned(opened: OpenModel, keep: int, criterion: str, groups: GroupMode) -> OpenModel:
+    """The pruned model as it will be, its kept experts still to be chosen."""
+    from models.opening import OpenModel
     from reap.plan import PrunePlan
     from reap.pruned_source import PrunedSource
-    from reap.score import check_tokens
 
-    check_tokens(opened, tokens)
     plan = PrunePlan(
         criterion=criterion,
         num_experts=opened.spec.num_experts,
@@ -172,13 +182,33 @@ def prune_ahead(
         groups=groups,
     )
     source = PrunedSource(opened.source, plan)
+    return OpenModel(opened.checkpoint, source.spec, source)
+
+
+def prune_ahead(
+    opened: OpenModel,
+    pruned: OpenModel,
+    tokens: TokenSet,
+    settings: QuantizeSettings,
+    processes: Processes,
+) -> PruneAhead:
+    """The work that goes before each layer; it fills `pruned` (of `still_unpruned`)."""
+    from calibration.batches import BATCH_TOKENS
+    from models.opening import compute_device, compute_dtype
+    from reap.ahead import PruneAhead
+    from reap.pruned_source import PrunedSource
+    from reap.score import check_tokens
+
+    check_tokens(opened, tokens)
+    assert isinstance(pruned.source, PrunedSource)
+    plan = pruned.source.plan
     device = compute_device(settings.device)
-    ahead = PruneAhead(
+    return PruneAhead(
         opened=opened,
-        source=source,
+        source=pruned.source,
         tokens=tokens,
-        criterion=criterion,
-        groups=groups,
+        criterion=plan.criterion,
+        groups=plan.groups,
         seed=0,
         device=device,
         dtype=compute_dtype(opened.spec, settings.dtype),
@@ -186,4 +216,3 @@ def prune_ahead(
         batch_tokens=settings.batch_tokens or BATCH_TOKENS[device.type],
         processes=processes,
     )
-    return ahead, OpenModel(opened.checkpoint, source.spec, source)

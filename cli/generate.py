@@ -36,6 +36,7 @@ def generate(
     dtype: str,
     backend: str,
     gpu_memory: int | None,
+    cuda_graphs: bool,
     as_json: bool,
     quiet: bool,
     **sampling: Any,
@@ -57,7 +58,8 @@ def generate(
         if not ids:
             raise InputError("--prompt is empty; give some text")
         loaded = load(ckpt, device, dtype, backend, gpu_memory, progress)
-        chosen, engine = chosen_sampling(loaded, sampling), Engine(loaded, max_batch=1)
+        chosen = chosen_sampling(loaded, sampling)
+        engine = Engine(loaded, max_batch=1, cuda_graphs=cuda_graphs)
     text, tokens = write(engine, tokenizer, ids, chosen, show=not as_json)
     if as_json:
         click.echo(json.dumps({"text": text, "token_ids": tokens}))
@@ -80,6 +82,7 @@ def chat(
     dtype: str,
     backend: str,
     gpu_memory: int | None,
+    cuda_graphs: bool,
     quiet: bool,
     **sampling: Any,
 ) -> None:
@@ -92,7 +95,8 @@ def chat(
         tokenizer = load_tokenizer(ckpt)
         conversations = Conversations(tokenizer)
         loaded = load(ckpt, device, dtype, backend, gpu_memory, progress)
-        chosen, engine = chosen_sampling(loaded, sampling), Engine(loaded, max_batch=1)
+        chosen = chosen_sampling(loaded, sampling)
+        engine = Engine(loaded, max_batch=1, cuda_graphs=cuda_graphs)
     messages: list[dict[str, Any]] = []
     if system:
         messages.append({"role": "system", "content": system})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, get_args
 
 import click
 
 from cli.options import json_option, model_argument, stdout_kept
+from models.machines import MACHINES
 from models.sizes import SCHEMES
 from reap.quotas import GroupMode
 
@@ -38,6 +40,25 @@ from reap.quotas import GroupMode
     metavar="N",
     help="Ask whether N GPUs can share the model (tensor parallelism).",
 )
+@click.option(
+    "--machine",
+    type=click.Choice(list(MACHINES)),
+    default="h200",
+    show_default=True,
+    help="Machine whose measured rates the jobs' times are projected from.",
+)
+@click.option(
+    "--disk",
+    type=click.FloatRange(min=0.01),
+    metavar="GB/S",
+    help="Rate of the disk, reading and writing, instead of that machine's own.",
+)
+@click.option(
+    "--calibration-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens the jobs are projected for.  [default: 2,785,280]",
+)
 @json_option
 def inspect(
     model: str,
@@ -46,6 +67,9 @@ def inspect(
     scheme: str | None,
     context: int,
     tp: int | None,
+    machine: str,
+    disk: float | None,
+    calibration_tokens: int | None,
     as_json: bool,
 ) -> None:
     """Parameters, bytes, memory to serve and needs of the jobs, from the config alone.
@@ -54,6 +78,7 @@ def inspect(
     """
     with stdout_kept():
         facts = gather(model, keep, groups, scheme, context)
+        facts["jobs"] = projected(model, keep, scheme, machine, disk, calibration_tokens)
         if tp is not None:
             facts["tensor_parallel"] = shared(model, scheme, tp)
     click.echo(json.dumps(facts) if as_json else "\n".join(lines(facts)))
@@ -67,7 +92,6 @@ def gather(
     from models.families import spec_of
     from models.inventory import take
     from models.listing import find_listing
-    from models.needs import CALIBRATION_TOKENS, HARDWARE, needs
     from models.serving import RESERVE, cache_bytes, caches, fitting
     from models.sizes import bytes_in, quantized, storage
     from reap.quotas import check_keep
@@ -132,19 +156,46 @@ def gather(
                 {"gpu": name, "count": count} for name, count in fitting(served, layers, context)
             ],
         },
-        "jobs": {
-            "hardware": HARDWARE,
-            "tokens": CALIBRATION_TOKENS,
-            **{
-                name: {
-                    "device_memory": need.device,
-                    "host_memory": need.host,
-                    "disk": need.disk,
-                    "spill": need.spill,
-                    "seconds": round(need.seconds),
-                }
-                for name, need in needs(before, form, after, goal).items()
-            },
+    }
+
+
+def projected(
+    model: str,
+    keep: int | None,
+    scheme: str | None,
+    machine: str,
+    disk: float | None,
+    tokens: int | None,
+) -> dict[str, Any]:
+    """What the jobs will need."""
+    from models.checkpoint import load_config
+    from models.families import spec_of
+    from models.inventory import take
+    from models.needs import CALIBRATION_TOKENS, needs
+    from models.sizes import quantized, storage
+
+    config = load_config(model)
+    spec = spec_of(config)
+    before, form = take(spec), storage(config, spec.text)
+    after = before if keep is None else before.keep(keep)
+    goal = form if scheme is None else quantized(scheme)
+    on, title = MACHINES[machine], MACHINES[machine].title
+    if disk is not None:
+        on = replace(on, read_bytes=disk * 1e9, write_bytes=disk * 1e9)
+        title += f", here {disk:g} GB/s"
+    tokens = tokens or CALIBRATION_TOKENS
+    return {
+        "hardware": title,
+        "tokens": tokens,
+        **{
+            name: {
+                "device_memory": need.device,
+                "host_memory": need.host,
+                "disk": need.disk,
+                "spill": need.spill,
+                "seconds": round(need.seconds),
+            }
+            for name, need in needs(before, form, after, goal, on, tokens).items()
         },
     }
 
@@ -219,7 +270,7 @@ def job_lines(jobs: dict[str, Any]) -> list[str]:
         f"jobs, projected for {jobs['hardware']}, {jobs['tokens']:,} calibration tokens",
         f"  {'':<10}{'GPU':>10}{'host':>10}{'disk':>10}{'spill*':>10}{'time':>12}",
     ]
-    for name in ("score", "prune", "quantize"):
+    for name in ("score", "prune", "quantize", "compress"):
         job = jobs[name]
         sizes = (job["device_memory"], job["host_memory"], job["disk"], job["spill"])
         cells = "".join(f"{gigabytes(size) if size else '-':>10}" for size in sizes)

@@ -123,6 +123,19 @@ recipe_options = together(
                  "own."),
 )  # fmt: skip
 
+budget_options = together(
+    click.option("--budget", type=Size(), metavar="SIZE",
+                 help="Instead of a scheme: parts of layers get those of --schemes that together "
+                 "damage least and fit SIZE (138GB)."),
+    click.option("--schemes", default="W3A16,W4A16,W8A16", show_default=True, metavar="S,S,...",
+                 help="What --budget chooses from."),
+    click.option("--damage", "damage_folder", metavar="DIR",
+                 type=click.Path(file_okay=False, path_type=Path),
+                 help="Where --budget measures; another budget reuses it. [default: OUT.damage]"),
+    click.option("--damage-tokens", type=click.IntRange(min=2), default=4096, show_default=True,
+                 metavar="N", help="Calibration tokens to measure on."),
+)  # fmt: skip
+
 storage_options = together(
     click.option("--format", "layout",
                  type=click.Choice(["compressed-tensors", "auto-round", "gptq", "modelopt"]),

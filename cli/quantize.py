@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from cli.budget import Budget, budget_lines, budget_of, budget_recipe, checked_menu
 from cli.options import (
+    budget_options,
     compute_options,
     force_option,
     json_option,
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 @click.command()
 @model_argument
 @recipe_options
+@budget_options
+@click.option("--dry-run", is_flag=True, help="With --budget: measure, write the recipe, stop.")
 @click.option(
     "--method",
     type=click.Choice(["gptq", "rtn", "awq", "autoround"]),
@@ -59,6 +63,11 @@ def quantize(
     model: str,
     scheme: str | None,
     recipe: Path | None,
+    budget: int | None,
+    schemes: str,
+    damage_folder: Path | None,
+    damage_tokens: int,
+    dry_run: bool,
     method: Literal["gptq", "rtn", "awq", "autoround"],
     layout: Literal["compressed-tensors", "auto-round", "gptq", "modelopt"],
     group_size: int | None,
@@ -96,7 +105,30 @@ def quantize(
         from quant.verify import verify_checkpoint
         from quant.whole_model import quantize_whole
 
-        chosen = chosen_recipe(scheme, recipe, group_size, asymmetric)
+        asked = asked_bits(
+            scheme, recipe, budget, schemes, damage_folder, damage_tokens, group_size, asymmetric
+        )
+        budgeted = isinstance(asked, Budget)
+        whole = method == "awq" or method == "autoround"
+        if whole and (layout != "compressed-tensors" or propagate != "compressed" or budgeted):
+            raise InputError(f"--method {method} takes neither --format, --propagate nor --budget")
+        if whole and processes.size > 1:
+            raise InputError(f"--method {method} works in one process; start it alone")
+        if dry_run and not budgeted:
+            raise InputError("--dry-run shows what --budget chooses; give --budget SIZE")
+        opened = open_model(model)
+        settings = QuantizeSettings(
+            method="rtn" if method == "rtn" else "gptq",
+            propagate=propagate,
+            device=device,
+            dtype=dtype,
+            memory=memory,
+            batch_tokens=batch_tokens,
+            layout=layout,
+        )
+        menu = None
+        if isinstance(asked, Budget):
+            menu = checked_menu(opened, asked, settings, processes)
         used = None
         if tokens is not None or mix is not None:
             used = processes.from_first(
@@ -111,25 +143,20 @@ def quantize(
                 )
             )
         inputs = {} if used is None else token_facts(used)
-        opened = open_model(model)
+        facts: dict[str, Any] = {"out": str(out)}
+        if isinstance(asked, Budget):
+            assert menu is not None
+            chosen, facts["budget"] = budget_recipe(
+                asked, menu, opened, used, out, settings, force, progress
+            )
+            inputs["budget"] = facts["budget"]
+        else:
+            chosen = asked
         if method == "awq" or method == "autoround":
-            if layout != "compressed-tensors" or propagate != "compressed":
-                raise InputError(f"--method {method} takes neither --format nor --propagate")
-            if processes.size > 1:
-                raise InputError(f"--method {method} works in one process; start it alone")
             manifest = quantize_whole(
                 opened, chosen, out, method, tokens=used, inputs=inputs, force=force
             )
-        else:
-            settings = QuantizeSettings(
-                method=method,
-                propagate=propagate,
-                device=device,
-                dtype=dtype,
-                memory=memory,
-                batch_tokens=batch_tokens,
-                layout=layout,
-            )
+        elif not dry_run:
             manifest = quantize_model(
                 opened,
                 chosen,
@@ -143,25 +170,38 @@ def quantize(
             )
     if not processes.is_first:
         return
-    with stdout_kept(), shown(quiet) as progress:
-        # AWQ moves factors between norms and matrices: no tensor is to be the source's
-        source = None if method == "awq" else model
-        report = verify_checkpoint(out, source, progress=progress)
-        facts = {"out": str(out), **summary(manifest), "verified": report.ok}
+    if not dry_run:
+        with stdout_kept(), shown(quiet) as progress:
+            # AWQ moves factors between norms and matrices: no tensor is to be the source's
+            source = None if method == "awq" else model
+            report = verify_checkpoint(out, source, progress=progress)
+            facts |= {**summary(manifest), "verified": report.ok}
     click.echo(json.dumps(facts) if as_json else "\n".join(lines(facts)))
-    report.demand()
+    if not dry_run:
+        report.demand()
 
 
-def chosen_recipe(
-    scheme: str | None, recipe: Path | None, group_size: int | None, asymmetric: bool
-) -> Recipe:
-    """The recipe that exactly one of --scheme and --recipe asks for."""
+def asked_bits(
+    scheme: str | None,
+    recipe: Path | None,
+    budget: int | None,
+    schemes: str,
+    damage_folder: Path | None,
+    damage_tokens: int,
+    group_size: int | None,
+    asymmetric: bool,
+) -> Recipe | Budget:
+    """What exactly one of --scheme, --recipe and --budget asks for."""
     from quant.recipe_files import load_recipe
     from quant.recipes import uniform
     from quant.schemes import scheme_with
 
-    if (scheme is None) == (recipe is None):
-        raise InputError("say once what to write: with --scheme S, or with --recipe FILE")
+    if sum(one is not None for one in (scheme, recipe, budget)) != 1:
+        raise InputError(
+            "say once what to write: with --scheme S, with --recipe FILE, or with --budget SIZE"
+        )
+    if budget is not None:
+        return budget_of(budget, schemes, damage_folder, damage_tokens, group_size, asymmetric)
     if recipe is not None:
         if group_size is not None or asymmetric:
             raise InputError("--group-size and --asymmetric belong to --scheme; edit the recipe")
@@ -186,7 +226,10 @@ def summary(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def lines(facts: dict[str, Any]) -> list[str]:
     """The facts as text."""
-    text = [f"{facts['out']}: {facts['matrices']:,} matrices, {facts['bytes'] / 1e9:,.3f} GB"]
+    text = budget_lines(facts["budget"]) if "budget" in facts else []
+    if "verified" not in facts:
+        return text
+    text.append(f"{facts['out']}: {facts['matrices']:,} matrices, {facts['bytes'] / 1e9:,.3f} GB")
     if facts["experts_without_tokens"] or facts["experts_with_few_tokens"]:
         text.append(
             f"{facts['experts_without_tokens']} experts saw no token and "

@@ -24,6 +24,8 @@ run_options = together(
                  help="Kernels for packed weights; auto takes the fastest that fit."),
     click.option("--gpu-memory", type=Size(), default=None, metavar="SIZE",
                  help="Of each GPU, for weights; what does not fit stays in host memory."),
+    click.option("--cuda-graphs", is_flag=True,
+                 help="Decode by CUDA graphs, where the model can be captured."),
 )  # fmt: skip
 
 sampling_options = together(

@@ -49,6 +49,7 @@ def serve(
     dtype: str,
     backend: str,
     gpu_memory: int | None,
+    cuda_graphs: bool,
     quiet: bool,
 ) -> None:
     """Serve CKPT: /v1/chat/completions, /v1/completions, /v1/models, /health.
@@ -65,7 +66,7 @@ def serve(
         tokenizer = load_tokenizer(ckpt)
         with listening(host, port) as listener:
             loaded = load(ckpt, device, dtype, backend, gpu_memory, progress)
-            engine = Engine(loaded, max_batch=max_batch, queue=queue)
+            engine = Engine(loaded, max_batch=max_batch, queue=queue, cuda_graphs=cuda_graphs)
             served = name or Path(ckpt).resolve().name
             defaults = default_sampling(loaded)
             service = Service(engine, tokenizer, served, defaults)

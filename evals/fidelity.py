@@ -226,7 +226,7 @@ def compare(
         sample_B = torch.tensor(batch.samples)
         begin = None if first is None else [first[sample] for sample in batch.samples]
         for position_N, target_N in predicted(batch, walk.skeleton.spec.text["vocab_size"], begin):
-            rows = [_logits(w, c, position_N) for w, c in zip(walks, carries, strict=True)]
+            rows = [logits_at(w, c, position_N) for w, c in zip(walks, carries, strict=True)]
             target = target_N.to(rows[0].device)
             log_q = rows[0].log_softmax(-1)
             nll = -log_q.gather(1, target[:, None])[:, 0]
@@ -268,7 +268,7 @@ def predicted(
         yield part, flat[part + 1]
 
 
-def _logits(walk: LayerWalk, carry: Carry, position_N: torch.Tensor) -> torch.Tensor:
+def logits_at(walk: LayerWalk, carry: Carry, position_N: torch.Tensor) -> torch.Tensor:
     """float32 logits [N, V] at flat positions of a batch."""
     hidden = carry["hidden_states"]
     rows = hidden.reshape(-1, *hidden.shape[2:])[position_N].unsqueeze(0)

@@ -1,8 +1,15 @@
 """What the jobs need before they start: device and host memory, disk and time.
 
-Projections, not promises: amounts of work from the model's numbers, divided by rates measured on
-one H200 with prototype kernels (a disk that reads 1.5 GB/s binds most jobs there). A job is as
-slow as the slower of its disk and its arithmetic, since reading runs ahead of computing.
+Projections, not promises: amounts of work from the model's numbers, divided by a machine's measured
+rates (models/machines.py). With D hidden, F intermediate, E experts, T tokens, for each layer
+
+    forward    T (2 active parameters + 2 S heads (d_qk + d_v)) / forward_flops
+    Hessians   2 T (top_k (D^2 + F^2) + sum over inputs of the other Linears of K^2) / hessian_flops
+    solving    sum over matrices of K^3 / factor_cubed + N K (round + sweeps * sweep)
+
+with S tokens a sample. Reading runs ahead of computing, so a layer takes the longer of the two;
+what is written is not hidden. `compress` scores and rounds in one walk: one forward of the intact
+model, two of the cut one.
 """
 
 from __future__ import annotations
@@ -10,24 +17,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from models.inventory import Inventory
+from models.inventory import Inventory, Weight
+from models.machines import Machine
 from models.serving import GIB
 from models.sizes import Storage, bytes_in, largest_layer
 
-HARDWARE = "one H200, a disk of 1.5 GB/s"
-CALIBRATION_TOKENS = 1360 * 2048  # the code-tools-swe mix at 2,048 tokens a sample
-
-# Per second. Measured on one H200 machine, one run each.
-READ_BYTES = 1.5e9  # cold reads, however asked for
-WRITE_BYTES = 1.2e9  # safetensors with fsync
-FORWARD_FLOPS = 500e12  # grouped GEMM of a MoE layer, 16k tokens (571e12 at 64k)
-HESSIAN_FLOPS = 806e12  # lower-triangle syrk, counted as the full square
-FACTOR_CUBED = 9.6e13  # n^3 of a blocked batched Cholesky of [n, n]
-SOLVE_SQUARED = 3.4e13  # rows * n^2 of the GPTQ column loop
-
-# Assumed, not measured.
-PROCESS = 2 * GIB  # Python, torch and the CUDA context on the host
-BATCH = 8 * GIB  # working set of one batch on the device
+SAMPLE = 2048
+CALIBRATION_TOKENS = 1360 * SAMPLE  # the code-tools-swe mix
+SWEEPS = 1  # of refinement on a GPU
+SLACK = 1.1  # memory that an allocator holds beyond what is in use
+CONTEXT = 0.6e9  # bytes of a CUDA context
+PLAIN = Storage("bfloat16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,62 +42,135 @@ class Need:
 
 
 def needs(
-    inventory: Inventory, form: Storage, after: Inventory, goal: Storage
+    inventory: Inventory,
+    form: Storage,
+    after: Inventory,
+    goal: Storage,
+    machine: Machine,
+    tokens: int = CALIBRATION_TOKENS,
 ) -> Mapping[str, Need]:
-    """Needs of score, prune and quantize: from a model in `form` to `after` in `goal`.
-
-    Tokens are `CALIBRATION_TOKENS`; hidden states are 16 bits.
-    """
-    plain = Storage("bfloat16")
-    source = bytes_in(inventory, form, mtp=True)
-    resident = largest_layer(inventory, plain)
-    hidden = CALIBRATION_TOKENS * inventory.spec.hidden_size * 2
-    pruned, written = bytes_in(after, form), bytes_in(after, goal)
-    forward = 2 * CALIBRATION_TOKENS / FORWARD_FLOPS
-    gptq = hessian_seconds(after) + solve_seconds(after)
+    """Needs of score, prune, quantize and compress: from a model in `form` to `after` in `goal`."""
+    source, pruned = bytes_in(inventory, form, mtp=True), bytes_in(after, form)
+    written = bytes_in(after, goal)
+    hidden = tokens * inventory.spec.hidden_size * 2
+    layers = inventory.spec.num_layers
+    host = machine.process_bytes + machine.ring_bytes + largest_layer(after, goal)
+    scoring = forward_seconds(inventory, tokens, machine) + source / machine.upload_bytes
+    rounding = (
+        2 * forward_seconds(after, tokens, machine)
+        + hessian_seconds(after, tokens, machine)
+        + solve_seconds(after, machine)
+        + pruned / machine.upload_bytes
+    )
+    fixed = layers * machine.layer_seconds
+    writing = written / machine.write_bytes
+    score_device = device_bytes(inventory, machine)
+    quantize_device = device_bytes(after, machine, tokens)
     return {
         "score": Need(
-            device=resident + BATCH,
-            host=PROCESS + hidden,
+            device=score_device,
+            host=round(machine.process_bytes + machine.ring_bytes + hidden),
             disk=0,
             spill=hidden,
-            seconds=max(source / READ_BYTES, forward * inventory.active),
+            seconds=max(source / machine.read_bytes, scoring),
         ),
         "prune": Need(
             device=0,
             host=GIB,
             disk=pruned,
             spill=0,
-            seconds=pruned / READ_BYTES + pruned / WRITE_BYTES,
+            seconds=pruned / machine.read_bytes + pruned / machine.write_bytes,
         ),
         "quantize": Need(
-            device=largest_layer(after, plain) + hessian_bytes(after) + BATCH,
-            host=PROCESS + hidden,
+            device=quantize_device,
+            host=round(host + hidden),
             disk=written,
             spill=hidden,
-            seconds=max(pruned / READ_BYTES + written / WRITE_BYTES, forward * after.active + gptq),
+            seconds=max(pruned / machine.read_bytes, rounding + fixed) + writing,
+        ),
+        "compress": Need(
+            device=max(score_device, quantize_device),
+            host=round(host + machine.ring_bytes + 2 * hidden),
+            disk=written,
+            spill=2 * hidden,
+            seconds=max((source + pruned) / machine.read_bytes, scoring + rounding + fixed)
+            + writing,
         ),
     }
 
 
-def hessian_bytes(inventory: Inventory) -> int:
-    """float32 Hessians of one layer's experts: gate and up share one."""
-    spec = inventory.spec
-    return 4 * spec.num_experts * (spec.hidden_size**2 + spec.expert_intermediate**2)
+def attention_flops(inventory: Inventory) -> float:
+    """Scores and weighted values of one token of a sample of `SAMPLE`, all layers; 0 where the
+    config names no heads."""
+    config = inventory.config
+    heads = config.get("num_attention_heads") or 0
+    plain = config.get("head_dim") or 0
+    keys = (config.get("qk_nope_head_dim") or 0) + (config.get("qk_rope_head_dim") or 0)
+    width = (keys or plain) + (config.get("v_head_dim") or plain)
+    return 2.0 * SAMPLE * heads * width * inventory.spec.num_layers
 
 
-def hessian_seconds(inventory: Inventory) -> float:
-    """Adding x x^T of every routed token for every expert of every layer."""
+def layer_matrices(inventory: Inventory) -> list[Weight]:
+    """Matrices of the decoder layers, MTP left out."""
+    return [w for w in inventory.main if w.layer is not None and len(w.shape) == 2]
+
+
+def forward_seconds(inventory: Inventory, tokens: int, machine: Machine) -> float:
+    """Every token through every layer once."""
+    spec, active = inventory.spec, 0.0
+    for weight in layer_matrices(inventory):
+        share = 1.0
+        if weight.kind == "expert" and weight.layer is not None:
+            experts = spec.num_experts_of(weight.layer)
+            share = min(spec.top_k, experts) / experts
+        active += share * weight.parameters
+    return tokens * (2 * active + attention_flops(inventory)) / machine.forward_flops
+
+
+def hessian_seconds(inventory: Inventory, tokens: int, machine: Machine) -> float:
+    """Adding x xᵀ of every token for every Linear; those of one module that are equally wide (q, k
+    and v; gate and up) share their inputs."""
     spec = inventory.spec
     squares = spec.hidden_size**2 + spec.expert_intermediate**2
-    routed = CALIBRATION_TOKENS * min(spec.top_k, spec.num_experts) * len(spec.scored_layers)
-    return 2 * routed * squares / HESSIAN_FLOPS
+    total = min(spec.top_k, spec.num_experts) * len(spec.moe_layers) * squares
+    inputs = {
+        (weight.layer, weight.path.rpartition(".")[0].rpartition(".")[0], weight.shape[1])
+        for weight in layer_matrices(inventory)
+        if weight.kind == "linear"
+    }
+    total += sum(columns**2 for _, _, columns in inputs)
+    return 2 * tokens * total / machine.hessian_flops
 
 
-def solve_seconds(inventory: Inventory) -> float:
-    """GPTQ's factorisations and column loops for every expert."""
+def solve_seconds(inventory: Inventory, machine: Machine) -> float:
+    """GPTQ of every matrix; gate and up of an expert share their factor."""
+    each = machine.round_seconds + SWEEPS * machine.sweep_seconds
+    total = 0.0
+    for weight in layer_matrices(inventory):
+        if weight.kind in ("expert", "linear"):
+            factors = weight.count / 2 if weight.shape[0] < weight.shape[1] else weight.count
+            total += factors * weight.shape[1] ** 3 / machine.factor_cubed
+            total += weight.parameters * each
+    return total
+
+
+def hessian_bytes(inventory: Inventory) -> int:
+    """float32 Hessians of one layer's gates and ups, which stand while the layer runs."""
+    return 4 * inventory.spec.num_experts * inventory.spec.hidden_size**2
+
+
+def device_bytes(inventory: Inventory, machine: Machine, tokens: int | None = None) -> int:
+    """GPU memory to run a layer, and with `tokens` to round it: Hessians, inputs kept for down's
+    and a set of experts in the solver with them."""
     spec = inventory.spec
-    width, inner = spec.hidden_size, spec.expert_intermediate
-    factor = (width**3 + inner**3) / FACTOR_CUBED
-    loop = (2 * inner * width**2 + width * inner**2) / SOLVE_SQUARED
-    return len(spec.scored_layers) * spec.num_experts * (factor + loop)
+    wide = spec.top_k * (2 * spec.hidden_size + 3 * spec.expert_intermediate)
+    batch = 2 * machine.batch_tokens * wide
+    total = largest_layer(inventory, PLAIN) + float(batch)
+    if tokens is not None:
+        columns, rows = spec.hidden_size, 2 * spec.expert_intermediate
+        one = 4 * (4 * columns * columns + 3 * rows * columns)
+        kept = min(machine.kept_bytes, 2.0 * tokens * columns)
+        solving = min(machine.experts_at_once, spec.num_experts) * one
+        rounding = hessian_bytes(inventory) + kept + solving
+        total = largest_layer(inventory, PLAIN) + max(float(batch), rounding)
+    return round(SLACK * total + CONTEXT)

@@ -15,12 +15,12 @@ diagonal in descending order ("static activation order") when channels are uncor
 a smaller error when they are not. Groups and scales stay where they are; readers see no order.
 
 On a GPU the order is the diagonal's: it is known beforehand, so that the factorisation is one of
-blocks (quant/kernels/elimination.py). Picking pivots is one column after the other, seconds for
-7,168 columns instead of 3 ms; what the order costs in error is printed by benchmarks/gptq_gpu.py.
+blocks (quant/kernels/elimination.py). Picking pivots is one column after the other, 7,168 dependent
+steps of several launches; what the order costs in error is printed by benchmarks/gptq_gpu.py.
 
 Refused: the inverse form (Cholesky, inverse, Cholesky again: twice the work and a worse condition),
-and the diagonal order on a CPU, where picking costs little (before refinement its error on the demo
-model's experts at W3A16 is up to 5 % larger).
+and the diagonal order on a CPU, where picking costs little (its error on the demo model's experts
+at W3A16 is 5 % larger).
 
 Source: LDL form of GPTQ (Frantar et al., 2210.17323; QuIP 2307.13304, theorem 1); rounding as
 Babai's nearest plane, whose error bound the smallest-pivot order minimises greedily

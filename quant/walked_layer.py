@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+from torch import nn
+
 from calibration.batches import Batch
 from calibration.stream import LayerWalk
 from models.experts import RoutedBatch
 from models.memory import free_bytes, release_freed_memory
+from models.skeleton import Skeleton
 from quant.expert_sums import ExpertSums
 from quant.inputs import ExpertInputs, LinearInputs, RoutedInputs, watched
 from quant.layer import ExpertLinears, LayerRounder, LayerRounding
@@ -52,13 +55,7 @@ def walk_layer(
     elif sets:
         exchange.routed = shared_expert_inputs(rounder, walk, layer, sets, again)
         watching.append(exchange.routed)
-    modules = {
-        linear.module: module
-        for linear in linears
-        if not linear.is_expert
-        and rounder.schemes[linear.module] is not None
-        and (module := skeleton.linear_of(layer, linear.logical)) is not None
-    }
+    modules = loaded_modules(rounder, skeleton, layer, linears)
     with watched(modules, inputs if exchange is None else exchange, current):
         walk.pass_through(layer, current, keep_output=not compressed, after_round=after_round)
     if exchange is not None:
@@ -68,15 +65,34 @@ def walk_layer(
     routed = watching[0] if watching else None
     result = round_layer(rounder, linears, processes, inputs, routed, loaded, exchange)
     if compressed:
-        for name, module in modules.items():  # experts are in place
-            value = rounder.decoded(name, result).to(skeleton.device, skeleton.dtype)
-            module.get_parameter("weight").data = value
+        put_in_place(rounder, modules, result)  # experts are in place
         if loaded is not None:
             loaded.observe = None
         walk.pass_through(layer, current, keep_output=True, last_pass=True)
     skeleton.unload_layer(layer)
     walk.hidden_states.forget_from_ram(layer)
     return result
+
+
+def loaded_modules(
+    rounder: LayerRounder, skeleton: Skeleton, layer: int, linears: Sequence[Linear]
+) -> dict[str, nn.Linear]:
+    """Module path -> the loaded layer's module, of matrices outside the experts with a scheme."""
+    return {
+        linear.module: module
+        for linear in linears
+        if not linear.is_expert
+        and rounder.schemes[linear.module] is not None
+        and (module := skeleton.linear_of(layer, linear.logical)) is not None
+    }
+
+
+def put_in_place(
+    rounder: LayerRounder, modules: Mapping[str, nn.Linear], result: LayerRounding
+) -> None:
+    """Decoded rounded weights instead of the modules' own, in their type."""
+    for name, module in modules.items():
+        module.weight.data = rounder.decoded(name, result).to(module.weight)
 
 
 def expert_inputs(

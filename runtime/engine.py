@@ -63,7 +63,14 @@ class Request:
 class Engine:
     """One model, one batch."""
 
-    def __init__(self, loaded: Loaded, *, max_batch: int = MAX_BATCH, queue: int = QUEUE) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        *,
+        max_batch: int = MAX_BATCH,
+        queue: int = QUEUE,
+        cuda_graphs: bool = False,
+    ) -> None:
         self.loaded, self.model = loaded, loaded.model
         self.max_batch = max_batch if can_join(new_cache(self.model)) else 1
         self.queue_size = queue
@@ -73,7 +80,7 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.batch: list[Request] = []
         self.cache: Any = None
-        self.graphs = Graphs(loaded, self.context)
+        self.graphs = Graphs(loaded, self.context, wanted=cuda_graphs)
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
 

@@ -13,8 +13,9 @@ weight read. A batch of 3 runs as 4; the graph is made again when the batch outg
 to less than a quarter, or the places are used up. vLLM keeps graphs for many sizes at once; their
 caches would be memory that keys should have.
 
-Only on one CUDA device, with kernels that never ask the host (runtime/experts.py) and caches of the
-kinds below. What cannot be captured runs as it would without, and the log says so once.
+Used where --cuda-graphs asks for it: no capture has been run on a GPU yet, only its steps one by
+one. Only on one CUDA device, with kernels that never ask the host (runtime/experts.py) and caches
+of the kinds below. What cannot be captured runs as it would without, and the log says so once.
 """
 
 from __future__ import annotations
@@ -121,12 +122,12 @@ class DecodeGraph:
 class Graphs:
     """The graph of a batch: made when it pays, made again when the batch outgrows it."""
 
-    def __init__(self, loaded: Loaded, context: int) -> None:
+    def __init__(self, loaded: Loaded, context: int, *, wanted: bool) -> None:
         self.loaded, self.context = loaded, context
         self.graph: DecodeGraph | None = None
         self.batch = self.width = 0  # of the rows that stand in the graph; 0: none do
-        self.refused = refusal(loaded)
-        if self.refused and loaded.device.type == "cuda":
+        self.refused = refusal(loaded) if wanted else "not asked for"
+        if self.refused and wanted:
             log.warning("decoding without CUDA graphs: %s", self.refused)
 
     def step(

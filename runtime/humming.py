@@ -169,14 +169,7 @@ class HummingKernel(TritonKernel):
         return Plan(2, slots, ids_TK.flatten().to(torch.int32), padded, pairs, tokens)
 
     def product(
-        self,
-        weights: PackedWeights,
-        x: torch.Tensor,
-        plan: Plan,
-        rows: int,
-        top_k: int,
-        *,
-        known: bool = False,
+        self, weights: PackedWeights, x: torch.Tensor, plan: Plan, rows: int, top_k: int
     ) -> torch.Tensor:
         """[rows, N] of pairs; the input of pair p is row p // top_k of x."""
         held = weights.extra

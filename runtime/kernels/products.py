@@ -16,17 +16,15 @@ exact value, and one multiplication rounds its product with the scale:
     E2M1, E4M3  sign, exponent and mantissa to their places: the value times 2^-126 or 2^-120,
                 multiplied back. Their scales are float32, so is the product with them
 
-A program is one warp and asks for the next words of its rows before it works on these: with a
-sixteenth of a multiprocessor's registers each, enough are on their way at any time to keep the
-memory busy. Inputs come from the first cache, which the weights are kept out of.
+A program is one warp and asks for the next words of its rows before it works on these, so that
+enough are on their way to keep the memory busy (docs/log.md: where the compiler moves those loads,
+a third of the speed is gone). Inputs come from the first cache, which the weights are kept out of.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from runtime.kernels.routed import begin
 
 INT3, INT4, NVFP4, FP8 = (tl.constexpr(value) for value in (3, 4, 16, 8))
 ONES = 0x43004300  # two bfloat16 128
@@ -204,18 +202,14 @@ def packed_rows(
     rows, N, top_k, ones, code_mask, code_mask_high,
     K: tl.constexpr, PART: tl.constexpr, FORMAT: tl.constexpr, SIZE: tl.constexpr,
     ROW_BLOCK: tl.constexpr, PLAN: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
-    DOT: tl.constexpr, SPAN: tl.constexpr, EARLY: tl.constexpr, KNOWN: tl.constexpr,
+    DOT: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """BT tokens (8 and more) of one expert times BN rows.
 
     PLAN 0: one matrix, rows of x in order. 1: block m is routed pair m alone, `block_expert` the
     ids. 2: blocks as runtime/kernels/routed.py makes them.
     DOT is bfloat16; float32 for Triton's interpreter, which multiplies bfloat16 as integers.
-    EARLY: the kernel may be launched while the one before runs (`routed.begin`); where the plan was
-    KNOWN to that one already, weights are asked for before its end.
     """
-    if EARLY and not KNOWN:
-        begin()
     m = tl.program_id(1)
     slot = tl.arange(0, BT)
     expert = 0
@@ -260,8 +254,6 @@ def packed_rows(
         s0 = row_scale(scales, 0, SIZE, WIDE)
     total = tl.zeros((BN, BT), tl.float32)
     n0, n1, n2, n3 = span_words(words, PLANES)
-    if EARLY and KNOWN:
-        begin()
     for span in range(K // SPAN):
         w0, w1, w2, w3 = n0, n1, n2, n3
         words += tl.where((span + 1) * SPAN < K, PLANES * 16, 0)
@@ -280,7 +272,6 @@ def packed_rows(
                 s0, s1 = tl.load(scales + after // 64), tl.load(scales + after // 64 + 1)
             else:
                 s0 = row_scale(scales, after, SIZE, WIDE)
-            tl.debug_barrier()
             for t in tl.static_range(4):
                 value = decoded(
                     w0, w1, w2, w3, ones, code_mask, code_mask_high, 4 * step + t, FORMAT, DOT

@@ -14,33 +14,18 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc
-
-
-@triton.jit
-def begin():
-    """Wait for the kernel before to end, and let the one after be launched meanwhile.
-
-    Every kernel of a layer does so before it writes, or reads what another wrote. The launches
-    themselves then overlap (programmatic dependent launch, compute capability 9.0).
-    """
-    gdc.gdc_wait()
-    gdc.gdc_launch_dependents()
 
 
 @triton.jit(do_not_specialize=["pairs", "most", "experts"])
 def place_pairs(
     ids, slots, block_expert, padded, pairs, most, experts,
     BT: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program an expert: its pairs, found by looking at all, go to the blocks it comes to.
 
     `pairs` are at most CHUNK · CHUNKS and at least `most`, the blocks there is room for; WIDTH is a
     power of two above `experts`; `padded` becomes the number of slots that are in use.
     """
-    if EARLY:
-        begin()
     expert = tl.program_id(0)
     within = tl.arange(0, CHUNK)
     counts = tl.zeros((WIDTH,), tl.int32)
@@ -73,10 +58,8 @@ def place_pairs(
 
 
 @triton.jit
-def gated(up, out, F: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def gated(up, out, F: tl.constexpr, BLOCK: tl.constexpr):
     """silu(gate) · up of one row [gate | up], rounded after each step as torch does."""
-    if EARLY:
-        begin()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < F
@@ -89,12 +72,9 @@ def gated(up, out, F: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
 
 @triton.jit
 def weighted_sum(
-    outputs, weights, out, D: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
+    outputs, weights, out, D: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Σ_k w_tk · y_tk of one token, in float32, in the order of k."""
-    if EARLY:
-        begin()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < D

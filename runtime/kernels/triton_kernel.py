@@ -30,8 +30,8 @@ from runtime.storage import Storage
 # Triton's interpreter multiplies bfloat16 as if it were integers
 DOT = tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16
 FORMATS = {("int", 3): 3, ("int", 4): 4, ("nvfp4", 4): 16, ("fp8", 8): 8}
-# tokens of a block -> its rows and registers a thread; measured on an H200 (docs/benchmarks.md)
-BLOCKS = {8: (16, 128), 16: (16, 160), 32: (16, 208), 64: (16, 255)}
+# tokens of a block -> its rows; measured on an H200 (docs/benchmarks.md)
+BLOCKS = {8: 32, 16: 32, 32: 32}
 COLUMNS = 1024  # of a program of the kernels around the products
 DECODE_FROM = 128  # tokens an expert, on average
 DECODED = 1 << 28  # weights decoded at a time for many tokens: 512 MiB of bfloat16
@@ -57,11 +57,6 @@ class TritonKernel:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.torch = TorchKernel()
-        early = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-        # of every launch: whether it may begin while the kernel before it runs
-        self.early: dict[str, bool] = (
-            {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
-        )
         self.nothing = torch.zeros(1, dtype=torch.int32, device=device)
 
     def supports(self, storage: Storage) -> bool:
@@ -89,25 +84,15 @@ class TritonKernel:
         return self.product(weights, x_MK.contiguous(), plan, rows, 1)
 
     def product(
-        self,
-        weights: PackedWeights,
-        x: torch.Tensor,
-        plan: Plan,
-        rows: int,
-        top_k: int,
-        *,
-        known: bool = False,
+        self, weights: PackedWeights, x: torch.Tensor, plan: Plan, rows: int, top_k: int
     ) -> torch.Tensor:
-        """[rows, N] of pairs; the input of pair p is row p // top_k of x.
-
-        `known`: the plan was there before the kernel that writes x was launched.
-        """
+        """[rows, N] of pairs; the input of pair p is row p // top_k of x."""
         storage = weights.storage
         out = x.new_empty(rows, storage.height)
         if not rows:
             return out
         code = FORMATS[storage.kind, storage.bits]
-        height, registers = BLOCKS[plan.tokens]
+        height = BLOCKS[plan.tokens]
         grid = (-(-storage.height // height), plan.blocks)
         four = SPAN[storage.bits] * 4
         products.packed_rows[grid](
@@ -135,9 +120,6 @@ class TritonKernel:
             SPAN=four if code != 3 and storage.columns % four == 0 else max(128, four // 4),
             num_warps=1,
             num_stages=1,
-            maxnreg=registers,
-            KNOWN=known,
-            **self.early,
         )
         return out
 
@@ -176,7 +158,6 @@ class TritonKernel:
             CHUNK=chunk,
             CHUNKS=triton.next_power_of_2(-(-pairs // chunk)),
             WIDTH=max(16, triton.next_power_of_2(num_experts + 1)),
-            **self.early,
         )
         return Plan(2, slots, expert, padded, most, tokens)
 
@@ -190,11 +171,9 @@ class TritonKernel:
         plan = self.plan(ids_TK, layer.up)
         pairs = num_tokens * top_k
         up_PF = self.product(layer.up, x_TD.contiguous(), plan, pairs, top_k)
-        known = plan.tokens == self.block_tokens(layer.down, pairs)
-        if not known:
+        if plan.tokens != self.block_tokens(layer.down, pairs):
             plan = self.plan(ids_TK, layer.down)
-        active_PF = self.activated(layer, up_PF)
-        out_PD = self.product(layer.down, active_PF, plan, pairs, 1, known=known)
+        out_PD = self.product(layer.down, self.activated(layer, up_PF), plan, pairs, 1)
         return self.combined(out_PD, w_TK, x_TD.dtype)
 
     def decodes(self, pairs: int, num_experts: int) -> bool:
@@ -208,7 +187,7 @@ class TritonKernel:
         width = up_PF.shape[1] // 2
         out_PF = up_PF.new_empty(up_PF.shape[0], width)
         grid = (up_PF.shape[0], -(-width // COLUMNS))
-        routed.gated[grid](up_PF, out_PF, F=width, BLOCK=COLUMNS, **self.early)
+        routed.gated[grid](up_PF, out_PF, F=width, BLOCK=COLUMNS)
         return out_PF
 
     def combined(
@@ -220,7 +199,7 @@ class TritonKernel:
         out_TD = out_PD.new_empty(num_tokens, width, dtype=dtype)
         if num_tokens:
             routed.weighted_sum[(num_tokens, -(-width // COLUMNS))](
-                out_PD, w_TK.contiguous(), out_TD, D=width, TOP_K=top_k, BLOCK=COLUMNS, **self.early
+                out_PD, w_TK.contiguous(), out_TD, D=width, TOP_K=top_k, BLOCK=COLUMNS
             )
         return out_TD
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.compress import compress, prune_ahead
+from cli.compress import compress, prune_ahead, still_unpruned
 from models.opening import open_model
 from models.processes import ALONE
 from quant.quantize import QuantizeSettings, quantize
@@ -48,7 +48,8 @@ def test_one_pass_equals_three_commands(
     pruned = open_model(tmp_path / "pruned")
     quantize(pruned, uniform(scheme), tmp_path / "two", settings, tokens=tokens)
 
-    ahead, view = prune_ahead(opened, tokens, keep, "reap", "keep", settings, ALONE)
+    view = still_unpruned(opened, keep, "reap", "keep")
+    ahead = prune_ahead(opened, view, tokens, settings, ALONE)
     quantize(view, uniform(scheme), tmp_path / "one", settings, tokens=tokens, ahead=ahead)
 
     made = json.loads((tmp_path / "one" / "plan.json").read_text())
@@ -71,7 +72,8 @@ def test_one_pass_measures_the_damage_score_measures(tmp_path: Path) -> None:
     plan = make_plan(stats, opened.spec, keep=keep, criterion="output-error", damage=damage)
 
     settings = QuantizeSettings(batch_tokens=128, method="rtn")
-    ahead, view = prune_ahead(opened, tokens, keep, "output-error", "keep", settings, ALONE)
+    view = still_unpruned(opened, keep, "output-error", "keep")
+    ahead = prune_ahead(opened, view, tokens, settings, ALONE)
     recipe = uniform(scheme_with("W4A16", group_size=8))
     quantize(view, recipe, tmp_path / "one", settings, tokens=tokens, ahead=ahead)
     made = json.loads((tmp_path / "one" / "plan.json").read_text())

@@ -19,7 +19,7 @@ vllm = pytest.importorskip("vllm")
 FOLDER = Path(os.environ.get("THRESHER_VLLM", ""))
 QWEN = (
     *("W4A16", "W3A16", "NVFP4A16", "NVFP4", "FP8_BLOCK"),
-    *("W4A16-asymmetric", "W3A16-asymmetric", "mixed"),
+    *("W4A16-asymmetric", "W3A16-asymmetric", "mixed", "budget"),
 )
 DEMO = ("FP8", "W3A16", "NVFP4A16", "FP8_BLOCK")
 NAMES = (*(f"qwen3-moe-{one}" for one in QWEN), *(f"demo-{one}" for one in DEMO))

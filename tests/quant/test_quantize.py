@@ -17,7 +17,7 @@ from models.errors import InputError
 from models.opening import open_model
 from models.skeleton import Skeleton
 from quant.quantize import QuantizeSettings, quantize
-from quant.recipes import uniform
+from quant.recipes import Recipe, Rule, uniform
 from quant.schemes import SCHEMES, Scheme, scheme_with
 from quant.verify import verify_checkpoint
 from tests.kills import assert_same_after_kills
@@ -197,3 +197,17 @@ def test_killed_ten_times_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
         quantizing, tmp_path / "runs", model, tmp_path / "tokens.safetensors"
     )
     assert any(name.endswith(".safetensors") for name in found)
+
+
+def test_transformers_gives_all_experts_one_scheme(tmp_path: Path) -> None:
+    """README says so of experts that differ by layer; when this fails, it is to be mended."""
+    model = tiny_model("qwen3_moe", tmp_path / "model", dtype="bfloat16")
+    rules = tuple(
+        Rule(scheme=scheme_of(name), targets=(rf"re:.*layers[.]{layers}[.]",))
+        for name, layers in (("W4A16", "[01]"), ("W8A16", "2"))
+    )
+    settings = QuantizeSettings(method="rtn")
+    quantize(open_model(model), Recipe(rules), tmp_path / "out", settings)
+    assert verify_checkpoint(tmp_path / "out", model).ok
+    with pytest.raises((AssertionError, RuntimeError)):
+        assert_transformers_agrees(tmp_path / "out", "W4A16")

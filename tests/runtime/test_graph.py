@@ -85,7 +85,6 @@ def test_requests_that_come_and_go(
     monkeypatch.setattr("runtime.graph.ROOM", 4)
     loaded = tiny(family, tmp_path)
     plain, graphed = Engine(loaded), Engine(loaded)
-    plain.graphs.refused = "not wanted here"
     graphed.graphs.refused = None  # the same steps as in a graph, launched one by one
     made: list[tuple[int, int]] = []
 
@@ -113,11 +112,13 @@ def test_a_model_that_cannot_be_captured_runs_without(
     def fail(*_: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
+    assert Engine(loaded, cuda_graphs=True).graphs.refused == "it runs on cpu"
+    assert "decoding without CUDA graphs: it runs on cpu" in caplog.text
     monkeypatch.setattr("runtime.graph.DecodeGraph", fail)
     other = Engine(loaded)
     other.graphs.refused = None
     assert answers(other, prompts(2)) == expected
-    assert "decoding without CUDA graphs" in caplog.text
+    assert "decoding without CUDA graphs: RuntimeError: operation not permitted" in caplog.text
 
 
 @pytest.mark.gpu
@@ -127,7 +128,7 @@ def test_a_graph_does_what_it_captured(tmp_path: Path) -> None:
     wide = {"hidden_size": 512, "moe_intermediate_size": 512, "intermediate_size": 512}
     path = quantized_qwen("W4A16", tmp_path, **wide)
     loaded = load_model(path, LoadSettings(device="cuda:0", backend="triton"))
-    engine = Engine(loaded)
+    engine = Engine(loaded, cuda_graphs=True)
     assert engine.graphs.refused is None
     with torch.inference_mode():
         graphs = [DecodeGraph(loaded, 2, 64) for _ in range(2)]
