@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from cli.options import json_option, model_argument, stdout_kept
-from models.machines import MACHINES
+from models.machines import MACHINES, Machine
 from models.sizes import SCHEMES
 from reap.quotas import GroupMode
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from models.needs import Need
 
 
 @click.command()
@@ -77,21 +82,31 @@ def inspect(
     Nothing is loaded; the index or the headers, where they are there, refine the bytes.
     """
     with stdout_kept():
-        facts = gather(model, keep, groups, scheme, context)
-        facts["jobs"] = projected(model, keep, scheme, machine, disk, calibration_tokens)
+        on = MACHINES[machine]
+        if disk is not None:
+            title, rate = f"{on.title}, here {disk:g} GB/s", disk * 1e9
+            on = replace(on, title=title, read_bytes=rate, write_bytes=rate)
+        facts = gather(model, keep, groups, scheme, context, on, calibration_tokens)
         if tp is not None:
             facts["tensor_parallel"] = shared(model, scheme, tp)
     click.echo(json.dumps(facts) if as_json else "\n".join(lines(facts)))
 
 
 def gather(
-    model: str, keep: int | None, groups: GroupMode, scheme: str | None, context: int
+    model: str,
+    keep: int | None,
+    groups: GroupMode,
+    scheme: str | None,
+    context: int,
+    machine: Machine,
+    calibration_tokens: int | None,
 ) -> dict[str, Any]:
     """Everything that is printed, as one JSON object."""
     from models.checkpoint import load_config
     from models.families import spec_of
     from models.inventory import take
     from models.listing import find_listing
+    from models.needs import CALIBRATION_TOKENS, needs
     from models.serving import RESERVE, cache_bytes, caches, fitting
     from models.sizes import bytes_in, quantized, storage
     from reap.quotas import check_keep
@@ -116,6 +131,7 @@ def gather(
     kept_mtp = 0 if keep is not None or not has_mtp else mtp_bytes
     if kept_mtp and scheme is not None:
         kept_mtp = bytes_in(before, goal, mtp=True) - bytes_in(before, goal)
+    tokens = calibration_tokens or CALIBRATION_TOKENS
     layers = caches(after)
     cache = cache_bytes(layers, context)
     return {
@@ -156,36 +172,14 @@ def gather(
                 {"gpu": name, "count": count} for name, count in fitting(served, layers, context)
             ],
         },
+        "jobs": projected(tokens, machine, needs(before, form, after, goal, machine, tokens)),
     }
 
 
-def projected(
-    model: str,
-    keep: int | None,
-    scheme: str | None,
-    machine: str,
-    disk: float | None,
-    tokens: int | None,
-) -> dict[str, Any]:
+def projected(tokens: int, machine: Machine, jobs: Mapping[str, Need]) -> dict[str, Any]:
     """What the jobs will need."""
-    from models.checkpoint import load_config
-    from models.families import spec_of
-    from models.inventory import take
-    from models.needs import CALIBRATION_TOKENS, needs
-    from models.sizes import quantized, storage
-
-    config = load_config(model)
-    spec = spec_of(config)
-    before, form = take(spec), storage(config, spec.text)
-    after = before if keep is None else before.keep(keep)
-    goal = form if scheme is None else quantized(scheme)
-    on, title = MACHINES[machine], MACHINES[machine].title
-    if disk is not None:
-        on = replace(on, read_bytes=disk * 1e9, write_bytes=disk * 1e9)
-        title += f", here {disk:g} GB/s"
-    tokens = tokens or CALIBRATION_TOKENS
     return {
-        "hardware": title,
+        "hardware": machine.title,
         "tokens": tokens,
         **{
             name: {
@@ -195,7 +189,7 @@ def projected(
                 "spill": need.spill,
                 "seconds": round(need.seconds),
             }
-            for name, need in needs(before, form, after, goal, on, tokens).items()
+            for name, need in jobs.items()
         },
     }
 

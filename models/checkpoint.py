@@ -251,6 +251,14 @@ def is_carried(name: str) -> bool:
     return Path(name).suffix in CARRIED_SUFFIXES or name.startswith(CARRIED_NAMES)
 
 
+def not_finite(name: str, checkpoint: Checkpoint) -> InputError:
+    """What to say of a tensor with values that no weight can have."""
+    return InputError(
+        f"tensor {name} in {checkpoint.root} holds NaN or infinite values; "
+        "download the checkpoint again"
+    )
+
+
 def fill(raw: torch.Tensor, fd: int, offset: int, file: Path) -> None:
     """Fill a uint8 tensor from a file. InputError when the file has become shorter."""
     view = raw.numpy().data

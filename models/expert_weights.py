@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from models.architecture import ExpertTensor, ModelSpec
+from models.checkpoint import not_finite
 from models.errors import InputError
 from models.experts import ExpertWeights
 from models.fp8_upload import Fp8Matrix, Fp8Upload, fp8_matrix
@@ -27,10 +28,7 @@ def check_finite(tensor: torch.Tensor, name: str, source: Source) -> torch.Tenso
     if tensor.is_floating_point():
         wide = torch.float64 if tensor.dtype in (torch.float32, torch.float64) else torch.float32
         if not torch.isfinite(tensor.sum(dtype=wide)):
-            raise InputError(
-                f"tensor {name} in {source.checkpoint.root} holds NaN or infinite values; "
-                "download the checkpoint again"
-            )
+            raise not_finite(name, source.checkpoint)
     return tensor
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -29,8 +28,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import SiLUActivation
 
+from models.device import has_kernels
+
 TOKENS_SUMMED_AT_ONCE = 1024
-TRITON = find_spec("triton") is not None  # comes with torch's CUDA builds for Linux
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +232,7 @@ class RoutedExperts(nn.Module):
 
 def _has_kernels(tensor: torch.Tensor) -> bool:
     """Whether models/kernels is for tensors like this one."""
-    return TRITON and tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
+    return has_kernels(tensor) and tensor.dtype in (torch.bfloat16, torch.float16)
 
 
 def _is_gated_silu(original: nn.Module) -> bool:

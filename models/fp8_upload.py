@@ -20,8 +20,8 @@ from math import prod
 
 import torch
 
-from models.checkpoint import Checkpoint, TensorInfo
-from models.errors import InputError
+from models.checkpoint import Checkpoint, TensorInfo, not_finite
+from models.dequantize import blocks_of
 from models.source_formats import Source
 
 LOAD_BYTES = 256 << 20
@@ -112,10 +112,7 @@ class Fp8Upload:
             self.decoded[slot].record(torch.cuda.current_stream(self.device))
         broken = torch.cat(flags).nonzero().flatten().tolist()
         if broken:
-            raise InputError(
-                f"tensor {order[broken[0]].name} in {checkpoint.root} holds NaN or infinite "
-                "values; download the checkpoint again"
-            )
+            raise not_finite(order[broken[0]].name, checkpoint)
 
 
 def loads(matrices: Sequence[Fp8Matrix], limit: int) -> Iterator[list[Fp8Matrix]]:
@@ -147,8 +144,7 @@ def fp8_parts(
     codes, scales = by_type.get("F8_E4M3"), by_type.get("F32")
     if len(parts) != 2 or codes is None or scales is None or len(codes.shape) != 2:
         return None
-    wanted = tuple(-(-size // side) for size, side in zip(codes.shape, block, strict=True))
-    if scales.shape != wanted or not prod(codes.shape):
+    if scales.shape != blocks_of(codes.shape, block) or not prod(codes.shape):
         return None
     return codes, scales
 

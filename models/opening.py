@@ -62,7 +62,10 @@ def stored_dtype(spec: ModelSpec) -> str:
 
 
 def compute_device(wanted: str) -> torch.device:
-    """`auto`: the first GPU where there is one, else the CPU. InputError for a missing GPU."""
+    """`auto`: the first GPU where there is one, else the CPU. InputError for a missing GPU.
+
+    A numbered GPU becomes the current one: Triton launches there, wherever the tensors are.
+    """
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -74,4 +77,6 @@ def compute_device(wanted: str) -> torch.device:
             f"--device {wanted}: this machine has {torch.cuda.device_count()} CUDA devices; "
             "use --device cpu, or one that exists"
         )
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device

@@ -39,9 +39,10 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 
 from models.architecture import ModelSpec
+from models.device import has_kernels
 from models.errors import InputError
 from models.expert_weights import check_finite, load_expert_weights
-from models.experts import TRITON, InputWeightedBlock, Observer, RoutedExperts
+from models.experts import InputWeightedBlock, Observer, RoutedExperts
 from models.fp8_upload import Fp8Upload
 from models.memory import release_freed_memory
 from models.source_formats import Source
@@ -129,9 +130,7 @@ class Skeleton:
         for layer in self.layers:
             self.adopt_indexer(layer)
         self.slots = [LayerSlot(la, self.spec.architecture.carry) for la in self.layers]
-        self.upload = None
-        if self.device.type == "cuda" and TRITON:
-            self.upload = Fp8Upload(self.device)
+        self.upload = Fp8Upload(self.device) if has_kernels(self.device) else None
         self.embedding = self.model.get_input_embeddings()
         self.zero_embedding = ZeroEmbedding(self.spec.hidden_size, dtype, self.device)
         self._fill_buffers(self.model)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from quant.device import has_kernels
+from models.device import has_kernels
 from quant.factor import Factor
 from quant.grid import Grid
 

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quant.device import has_kernels
+from models.device import has_kernels
 
 BLOCK = 64
 DAMPING_RETRIES = (1.0, 10.0, 100.0)

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 import torch
 
 from models.dequantize import unpack_bits
-from quant.device import has_kernels
+from models.device import has_kernels
 from quant.schemes import Quantized, Scheme
 
 

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 
 import torch
 
+from models.device import has_kernels
 from quant.columns import rounded_in_order
-from quant.device import has_kernels
 from quant.factor import damped_factor
 from quant.grid import Grid
 from quant.refine import refine

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 import torch
 
+from models.fp8_blocks import E4M3_MAX
 from quant.schemes import Quantized, Scheme
 
-E4M3_MAX = 448.0
 E4M3_TINIEST = 2.0**-9
 E2M1_MAX = 6.0
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from quant.device import has_kernels
+from models.device import has_kernels
 
 MIRRORED_AT_ONCE = 1024  # rows
 

@@ -19,10 +19,10 @@ from functools import partial
 
 import torch
 
+from models.device import has_kernels
 from models.experts import RoutedExperts
 from models.fp8_upload import Fp8Matrix, Fp8Upload, fp8_matrix
 from models.source_formats import Source
-from quant.device import has_kernels
 from quant.fused import fused_sets
 from quant.gptq import GptqSettings, gptq
 from quant.inputs import ExpertInputs, Fed, LinearInputs

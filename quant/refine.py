@@ -24,8 +24,8 @@ from __future__ import annotations
 
 import torch
 
+from models.device import has_kernels
 from quant.columns import rounded_in_order
-from quant.device import has_kernels
 from quant.factor import Factor, factorise
 from quant.grid import Grid
 

@@ -25,8 +25,9 @@ from __future__ import annotations
 
 import torch
 
-from quant.device import has_kernels
-from quant.grid import E2M1_MAX, E4M3_MAX, Grid
+from models.device import has_kernels
+from models.fp8_blocks import E4M3_MAX
+from quant.grid import E2M1_MAX, Grid
 from quant.nvfp4 import block_factors, global_divisor
 from quant.schemes import FP8_BLOCK_SIDE, Quantized, Scheme
 

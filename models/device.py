@@ -1,4 +1,4 @@
-"""Whether the kernels of quant/kernels serve a tensor: on a GPU where Triton is installed."""
+"""Whether the Triton kernels of a package's kernels/ serve a tensor or a device."""
 
 from __future__ import annotations
 
@@ -16,4 +16,5 @@ def has_kernels(where: torch.Tensor | torch.device) -> bool:
 
 @cache
 def _triton_is_installed() -> bool:
+    """It comes with torch's CUDA builds for Linux."""
     return find_spec("triton") is not None
