@@ -37,12 +37,12 @@ NAME = "humming"
 
 @dataclass(slots=True)
 class Converted:
-    """What one PackedWeights became."""
+    """What one PackedWeights became: how its tensors are to be read, wherever they lie now."""
 
     config: Any
-    weight: torch.Tensor
-    weight_scale: torch.Tensor
-    locks: torch.Tensor
+    code_dtype: torch.dtype
+    code_shape: tuple[int, ...]  # of one expert
+    scale_shape: tuple[int, ...]
     tuning: dict[int, tuple[dict[str, Any], str]]  # by pairs, rounded up to a power of two
 
 
@@ -53,8 +53,9 @@ class HummingKernel(TritonKernel):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        # of one token: slots and their number, by pairs and BT
-        self.alone: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        # of one token: slots and their number, by pairs, BT and device
+        self.alone: dict[tuple[int, int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.locks: dict[torch.device, torch.Tensor] = {}
 
     def supports(self, storage: Storage) -> bool:
         """Symmetric integers of 2 to 8 bits in groups of 128, whole tiles of both sides."""
@@ -68,7 +69,7 @@ class HummingKernel(TritonKernel):
         )
 
     def prepare(self, weights: PackedWeights) -> None:
-        """Codes and scales into Humming's order, in place."""
+        """Codes and scales into Humming's order, in place; on the GPU, wherever they lie."""
         storage = weights.storage
         schema = BaseWeightSchema.from_config(
             {
@@ -85,37 +86,42 @@ class HummingKernel(TritonKernel):
         config: Any = None
         for first in range(0, weights.experts, step):
             some = slice(first, min(first + step, weights.experts))
-            config, weight, scale = self._convert(weights, schema, some)
+            with torch.cuda.device(self._gpu(weights)):
+                config, weight, scale = self._convert(weights, schema, some)
             weights.codes[some].view(torch.uint8).flatten().copy_(
                 weight.view(torch.uint8).flatten()
             )
             weights.scale[some].flatten().copy_(scale.flatten())
-        shapes = weight.shape[1:], scale.shape[1:]
-        config = dataclasses.replace(config, num_experts=weights.experts)
         weights.extra = Converted(
-            config,
-            weights.codes.view(weight.dtype).view(weights.experts, *shapes[0]),
-            weights.scale.view(weights.experts, *shapes[1]),
-            torch.zeros(2048, dtype=torch.int32, device=weights.codes.device),
+            dataclasses.replace(config, num_experts=weights.experts),
+            weight.dtype,
+            tuple(weight.shape[1:]),
+            tuple(scale.shape[1:]),
             {},
         )
         weights.repacked = NAME
+
+    def _gpu(self, weights: PackedWeights) -> torch.device:
+        """Where the weights lie, or will be sent for each forward."""
+        where = weights.codes.device
+        return where if where.type == "cuda" else self.device
 
     def _convert(
         self, weights: PackedWeights, schema: Any, some: slice
     ) -> tuple[Any, torch.Tensor, torch.Tensor]:
         storage = weights.storage
         count = some.stop - some.start
+        gpu = self._gpu(weights)
         humming_schema, tensors = schema.convert_humming(
             tensors={
-                "weight_packed": weights.codes[some].clone(),
-                "weight_scale": weights.scale[some].clone(),
+                "weight_packed": weights.codes[some].to(gpu, copy=True),
+                "weight_scale": weights.scale[some].to(gpu, copy=True),
             },
             shape_n_stacks=[storage.height],
             shape_k_stacks=[storage.columns],
             param_dtype=torch.bfloat16,
             num_experts=count,
-            device=weights.codes.device,
+            device=gpu,
             convert_symmetric_integer=False,
         )
         config = prepare_layer_config(
@@ -124,7 +130,7 @@ class HummingKernel(TritonKernel):
             weight_schema=humming_schema,
             num_experts=count,
             torch_dtype=torch.bfloat16,
-            device=weights.codes.device,
+            device=gpu,
             tensors=tensors,
         )
         config, tensors = prepare_fp16_e8m0_scale(config, tensors)
@@ -144,7 +150,8 @@ class HummingKernel(TritonKernel):
     def linear(self, weights: PackedWeights, x_MK: torch.Tensor) -> torch.Tensor:
         """x · W^T, [M, N]: the only matrix as an expert that every row is routed to."""
         ids = torch.zeros((x_MK.shape[0], 1), dtype=torch.int32, device=x_MK.device)
-        return self.product(weights, x_MK, self.plan(ids, weights), x_MK.shape[0], 1)
+        with torch.cuda.device_of(x_MK):
+            return self.product(weights, x_MK, self.plan(ids, weights), x_MK.shape[0], 1)
 
     def decodes(self, pairs: int, num_experts: int) -> bool:
         """Never: its own products stay ahead of decoded weights."""
@@ -161,11 +168,13 @@ class HummingKernel(TritonKernel):
         tokens = self.block_tokens(weights, pairs)
         if ids_TK.shape[0] > 1:
             return self.blocks(ids_TK, weights.experts, tokens)
-        if (pairs, tokens) not in self.alone:
-            slots = torch.full((pairs, tokens), pairs, dtype=torch.int32, device=self.device)
+        key = pairs, tokens, ids_TK.device
+        if key not in self.alone:
+            slots = torch.full((pairs, tokens), pairs, dtype=torch.int32, device=ids_TK.device)
             slots[:, 0] = torch.arange(pairs)
-            self.alone[pairs, tokens] = slots.flatten(), self.nothing + pairs * tokens
-        slots, padded = self.alone[pairs, tokens]
+            padded = torch.full((1,), pairs * tokens, dtype=torch.int32, device=ids_TK.device)
+            self.alone[key] = slots.flatten(), padded
+        slots, padded = self.alone[key]
         return Plan(2, slots, ids_TK.flatten().to(torch.int32), padded, pairs, tokens)
 
     def product(
@@ -176,15 +185,17 @@ class HummingKernel(TritonKernel):
         assert isinstance(held, Converted)
         if not rows:
             return x.new_empty(0, weights.storage.height)
+        if x.device not in self.locks:
+            self.locks[x.device] = torch.zeros(2048, dtype=torch.int32, device=x.device)
         return humming_forward(
             held.config,
             inputs=x.contiguous(),
-            weight=held.weight,
-            weight_scale=held.weight_scale,
+            weight=weights.codes.view(held.code_dtype).view(-1, *held.code_shape),
+            weight_scale=weights.scale.view(-1, *held.scale_shape),
             sorted_ids=plan.slots,
             expert_ids=plan.expert,
             num_tokens_padded=plan.padded,
-            locks=held.locks,
+            locks=self.locks[x.device],
             top_k=top_k,
             compute_config={"gemm_type": "indexed"},
             tuning_config=self.tuning(held, rows)[1],
@@ -196,11 +207,13 @@ class HummingKernel(TritonKernel):
         """x_p · W_e(p)^T, [P, N], pairs sorted by expert."""
         number = torch.arange(x_PK.shape[0], device=x_PK.device)
         ids_P1 = torch.searchsorted(offsets_E, number, right=True).reshape(-1, 1)
-        return self.product(weights, x_PK, self.plan(ids_P1, weights), x_PK.shape[0], 1)
+        with torch.cuda.device_of(x_PK):
+            return self.product(weights, x_PK, self.plan(ids_P1, weights), x_PK.shape[0], 1)
 
     def decode(self, weights: PackedWeights, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """One whole matrix [N, K]: what it makes of the unit vectors."""
         columns = weights.storage.columns
         unit = torch.eye(columns, dtype=torch.bfloat16, device=weights.codes.device)
         ids = torch.full((columns, 1), expert, dtype=torch.int32, device=unit.device)
-        return self.product(weights, unit, self.plan(ids, weights), columns, 1).T.to(dtype)
+        with torch.cuda.device_of(unit):
+            return self.product(weights, unit, self.plan(ids, weights), columns, 1).T.to(dtype)

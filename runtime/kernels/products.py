@@ -245,7 +245,7 @@ def packed_rows(
         by = 1.0 / tl.load(global_scale + expert * (N // PART) + row // PART)[:, None]
         s0, s1 = tl.load(scales), tl.load(scales + 1)
     else:
-        if FORMAT == FP8 and SIZE < K:
+        if FORMAT == FP8 and ROW_BLOCK > 1:
             per = (PART + ROW_BLOCK - 1) // ROW_BLOCK
             scale_row = expert * (N // PART) * per + row // PART * per + row % PART // ROW_BLOCK
         else:

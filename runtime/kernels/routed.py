@@ -19,12 +19,14 @@ import triton.language as tl
 @triton.jit(do_not_specialize=["pairs", "most", "experts"])
 def place_pairs(
     ids, slots, block_expert, padded, pairs, most, experts,
-    BT: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
+    BT: tl.constexpr, FILL: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program an expert: its pairs, found by looking at all, go to the blocks it comes to.
 
     `pairs` are at most CHUNK · CHUNKS and at least `most`, the blocks there is room for; WIDTH is a
-    power of two above `experts`; `padded` becomes the number of slots that are in use.
+    power of two above `experts`, FILL one not below BT (Humming has blocks of 48); `padded` becomes
+    the number of slots that are in use.
     """
     expert = tl.program_id(0)
     within = tl.arange(0, CHUNK)
@@ -46,7 +48,7 @@ def place_pairs(
         rank = tl.cumsum(mine.to(tl.int32), 0) - 1
         tl.store(slots + place + rank, at, mask=mine)
         place += tl.sum(mine.to(tl.int32))
-    fill = place + tl.arange(0, BT)
+    fill = place + tl.arange(0, FILL)
     tl.store(slots + fill, fill * 0 + pairs, mask=fill < (first + own) * BT)
     for number in range(CHUNKS):
         block = number * CHUNK + within

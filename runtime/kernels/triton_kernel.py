@@ -7,6 +7,9 @@ two products, the activation and the weighted sum.
 
 Many tokens an expert (DECODE_FROM and more on average): the experts are decoded, a few at a time,
 and multiplied in bfloat16, which is faster once arithmetic binds (docs/benchmarks.md).
+
+Triton launches on the current GPU, wherever the tensors are: what is called from outside makes the
+tensors' own GPU the current one (`device_of`), so that a model may lie on several.
 """
 
 from __future__ import annotations
@@ -81,7 +84,8 @@ class TritonKernel:
         tokens = block_tokens(rows)
         blocks = -(-rows // tokens)
         plan = Plan(0, self.nothing, self.nothing, self.nothing, blocks, tokens)
-        return self.product(weights, x_MK.contiguous(), plan, rows, 1)
+        with torch.cuda.device_of(x_MK):
+            return self.product(weights, x_MK.contiguous(), plan, rows, 1)
 
     def product(
         self, weights: PackedWeights, x: torch.Tensor, plan: Plan, rows: int, top_k: int
@@ -155,6 +159,7 @@ class TritonKernel:
             most,
             num_experts,
             BT=tokens,
+            FILL=triton.next_power_of_2(tokens),
             CHUNK=chunk,
             CHUNKS=triton.next_power_of_2(-(-pairs // chunk)),
             WIDTH=max(16, triton.next_power_of_2(num_experts + 1)),
@@ -165,11 +170,18 @@ class TritonKernel:
         self, layer: Any, x_TD: torch.Tensor, ids_TK: torch.Tensor, w_TK: torch.Tensor
     ) -> torch.Tensor:
         """Σ_k w_tk · f_e(t,k)(x_t), [T, D]."""
-        num_tokens, top_k = ids_TK.shape
-        if self.decodes(num_tokens * top_k, layer.num_experts):
-            return self._experts_decoded(layer, x_TD, ids_TK, w_TK)
+        pairs = ids_TK.numel()
+        with torch.cuda.device_of(x_TD):
+            if self.decodes(pairs, layer.num_experts):
+                return self._experts_decoded(layer, x_TD, ids_TK, w_TK)
+            return self._experts_packed(layer, x_TD, ids_TK, w_TK)
+
+    def _experts_packed(
+        self, layer: Any, x_TD: torch.Tensor, ids_TK: torch.Tensor, w_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """Few tokens an expert: two products with packed weights and what stands around them."""
+        pairs, top_k = ids_TK.numel(), ids_TK.shape[1]
         plan = self.plan(ids_TK, layer.up)
-        pairs = num_tokens * top_k
         up_PF = self.product(layer.up, x_TD.contiguous(), plan, pairs, top_k)
         if plan.tokens != self.block_tokens(layer.down, pairs):
             plan = self.plan(ids_TK, layer.down)

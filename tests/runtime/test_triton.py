@@ -29,6 +29,7 @@ STORAGES = [
     integer(50, 384, 4, 32),
     nvfp4(37, 256),
     fp8(200, 256, (128, 128)),
+    fp8(200, 128, (128, 128)),  # a block as wide as the matrix
     fp8(45, 128, (1, 128)),
 ]
 IDS = [f"{s.title}-{s.rows}x{s.columns}" for s in STORAGES]
@@ -52,7 +53,8 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert torch.isfinite(found).all()
     if expected.numel():
         error = (found.double() - expected).norm() / expected.norm().clamp(min=1e-9)
-        assert error < (2e-3 if DEVICE.type == "cuda" else 5e-3), float(error)
+        # half of a bfloat16's last place is at most 2^-8 of its value
+        assert error < (2**-8 if DEVICE.type == "cuda" else 5e-3), float(error)
         if DEVICE.type == "cuda":
             assert (found == expected.to(BF16)).double().mean() > 0.98
 
@@ -100,7 +102,7 @@ def test_routed_pairs(storage: Storage, tokens: int, top_k: int) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 1, 1), (5, 2, 3), (40, 8, 40)])
-@pytest.mark.parametrize("block", [8, 16])
+@pytest.mark.parametrize("block", [8, 16, 48])  # 48: one of Humming's
 def test_pairs_are_put_into_blocks(tokens: int, top_k: int, experts: int, block: int) -> None:
     """Every pair once, in a block of its expert; blocks filled up; the unused ones come last."""
     ids = torch.rand(tokens, experts, device=DEVICE).topk(min(top_k, experts)).indices
