@@ -18,6 +18,7 @@ about 25 GB of GPU memory.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import statistics
@@ -258,27 +259,29 @@ def planned(
 
 def tune_rows(kernel: TritonKernel, weights: PackedWeights, case: Case, name: str) -> None:
     """Other tokens and rows than the kernel's own."""
-    from runtime.kernels import triton_kernel
+    from runtime.kernels.tiles import Tile
 
-    own = dict(triton_kernel.BLOCKS)
-    for tokens, rows in itertools.product((8, 16, 32, 64), (16, 32)):
-        if case.tokens == 1 and tokens != min(own):
+    alone = case.tokens == 1
+    tried = [Tile(t, r) for t, r in itertools.product((8, 16, 32, 64), (16, 32))]
+    tried += [
+        Tile(t, r, warps=4, stages=s, columns=128, wide=True)
+        for t, r, s in itertools.product((16, 32, 64), (64, 128), (2, 3))
+    ]
+    for tile in tried:
+        if alone and tile.tokens != min(t.tokens for t in tried):
             continue
-        triton_kernel.BLOCKS[tokens] = rows
-        what = f"  tune {name} {case.shape} {case.tokens} tokens: blocks of {tokens} x {rows} rows"
         try:
             runs = []
             for ids, x in zip(case.ids, case.inputs, strict=True):
-                alone = case.tokens == 1
-                plan = kernel.plan(ids, weights) if alone else kernel.blocks(ids, EXPERTS, tokens)
+                plan = kernel.plan(ids, weights) if alone else kernel.blocks(ids, EXPERTS, tile)
+                plan = dataclasses.replace(plan, tile=tile)
                 runs.append(
                     partial(kernel.product, weights, x, plan, case.tokens * TOP_K, case.top_k)
                 )
-            print(f"{what}: {timed(runs) * 1e6:.1f} us", flush=True)
+            took = f"{timed(runs) * 1e6:.1f} us"
         except Exception as error:
-            print(f"{what}: {str(error)[:80]}", flush=True)
-        triton_kernel.BLOCKS.clear()
-        triton_kernel.BLOCKS.update(own)
+            took = str(error)[:80]
+        print(f"  tune {name} {case.shape} {case.tokens} tokens: {tile}: {took}", flush=True)
 
 
 class Activation(nn.Module):

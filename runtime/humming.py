@@ -27,6 +27,7 @@ from humming.transform import (
 )
 from humming.tune import get_heuristics_config
 
+from runtime.kernels.tiles import Tile
 from runtime.kernels.triton_kernel import Plan, TritonKernel
 from runtime.packed import PackedWeights
 from runtime.storage import Storage
@@ -157,17 +158,18 @@ class HummingKernel(TritonKernel):
         """Never: its own products stay ahead of decoded weights."""
         return False
 
-    def block_tokens(self, weights: PackedWeights, pairs: int) -> int:
-        """BT as Humming's own table has it."""
+    def tile(self, weights: PackedWeights, tokens: int, pairs: int = 0) -> Tile:
+        """Tokens of a block as Humming's own table has them."""
         assert isinstance(weights.extra, Converted)
-        return int(self.tuning(weights.extra, pairs)[0]["block_shape"][0])
+        return Tile(int(self.tuning(weights.extra, pairs)[0]["block_shape"][0]), 0)
 
     def plan(self, ids_TK: torch.Tensor, weights: PackedWeights) -> Plan:
         """Blocks of routed pairs. The experts of one token all differ: a block each, no sorting."""
         pairs = ids_TK.numel()
-        tokens = self.block_tokens(weights, pairs)
+        tile = self.tile(weights, ids_TK.shape[0], pairs)
+        tokens = tile.tokens
         if ids_TK.shape[0] > 1:
-            return self.blocks(ids_TK, weights.experts, tokens)
+            return self.blocks(ids_TK, weights.experts, tile)
         key = pairs, tokens, ids_TK.device
         if key not in self.alone:
             slots = torch.full((pairs, tokens), pairs, dtype=torch.int32, device=ids_TK.device)
@@ -175,10 +177,16 @@ class HummingKernel(TritonKernel):
             padded = torch.full((1,), pairs * tokens, dtype=torch.int32, device=ids_TK.device)
             self.alone[key] = slots.flatten(), padded
         slots, padded = self.alone[key]
-        return Plan(2, slots, ids_TK.flatten().to(torch.int32), padded, pairs, tokens)
+        return Plan(2, slots, ids_TK.flatten().to(torch.int32), padded, pairs, tile)
 
     def product(
-        self, weights: PackedWeights, x: torch.Tensor, plan: Plan, rows: int, top_k: int
+        self,
+        weights: PackedWeights,
+        x: torch.Tensor,
+        plan: Plan,
+        rows: int,
+        top_k: int,
+        is_turned: bool = False,
     ) -> torch.Tensor:
         """[rows, N] of pairs; the input of pair p is row p // top_k of x."""
         held = weights.extra

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit(do_not_specialize=["pairs", "most", "experts"])
@@ -60,29 +61,59 @@ def place_pairs(
 
 
 @triton.jit
-def gated(up, out, F: tl.constexpr, BLOCK: tl.constexpr):
-    """silu(gate) · up of one row [gate | up], rounded after each step as torch does."""
+def part_sums(parts, at, mask, SPLITS: tl.constexpr, SIZE):
+    """Sums of a product over its parts [SPLITS, rows, N] in their order, rounded once."""
+    total = tl.load(parts + at, mask=mask, other=0.0)
+    for part in tl.static_range(1, SPLITS):
+        total += tl.load(parts + part * SIZE + at, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
+def gated(
+    up, out, F: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr = 1, PERMUTED: tl.constexpr = False, PDL: tl.constexpr = 0,
+):  # fmt: skip
+    """silu(gate) · up of one row [gate | up], rounded after each step as torch does.
+
+    `up` may be in SPLITS parts; PERMUTED puts columns where the wide product wants them.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < F
-    gate = tl.load(up + row * 2 * F + column, mask=mask, other=0.0)
-    other = tl.load(up + row * 2 * F + F + column, mask=mask, other=0.0).to(tl.float32)
+    size = tl.num_programs(0).to(tl.int64) * 2 * F
+    at = row * 2 * F + column
+    gate = part_sums(up, at, mask, SPLITS, size).to(out.dtype.element_ty)
+    other = part_sums(up, at + F, mask, SPLITS, size).to(out.dtype.element_ty).to(tl.float32)
     wide = gate.to(tl.float32)
     active = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
+    if PERMUTED:
+        column = column // 32 * 32 + column // 2 % 4 * 8 + column // 8 % 4 * 2 + column % 2
     tl.store(out + row * F + column, (active * other).to(gate.dtype), mask=mask)
 
 
 @triton.jit
 def weighted_sum(
-    outputs, weights, out, D: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr
+    outputs, weights, out, D: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr = 1, PDL: tl.constexpr = 0,
 ):  # fmt: skip
     """Σ_k w_tk · y_tk of one token, in float32, in the order of k."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < D
     total = tl.zeros((BLOCK,), tl.float32)
+    size = tl.num_programs(0).to(tl.int64) * TOP_K * D
     for choice in tl.static_range(TOP_K):
         pair = token * TOP_K + choice
-        value = tl.load(outputs + pair * D + column, mask=mask, other=0.0).to(tl.float32)
+        value = part_sums(outputs, pair * D + column, mask, SPLITS, size)
+        if SPLITS > 1:
+            value = value.to(out.dtype.element_ty)
+        value = value.to(tl.float32)
         total += value * tl.load(weights + pair).to(tl.float32)
     tl.store(out + token * D + column, total.to(out.dtype.element_ty), mask=mask)

@@ -15,7 +15,7 @@ tensors' own GPU the current one (`device_of`), so that a model may lie on sever
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,16 +25,16 @@ import triton.language as tl
 
 from runtime.decode import decode_rows
 from runtime.kernel import TorchKernel
-from runtime.kernels import products, routed
+from runtime.kernels import decoding, products, routed
 from runtime.kernels.order import SPAN, reorder, unpacked_codes
+from runtime.kernels.tiles import ALONE, Tile, tile_for
 from runtime.packed import PackedWeights
 from runtime.storage import Storage
 
 # Triton's interpreter multiplies bfloat16 as if it were integers
 DOT = tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16
 FORMATS = {("int", 3): 3, ("int", 4): 4, ("nvfp4", 4): 16, ("fp8", 8): 8}
-# tokens of a block -> its rows; measured on an H200 (docs/benchmarks.md)
-BLOCKS = {8: 32, 16: 32, 32: 32}
+LINEAR = False  # decoding by one multiply-add, where scales allow it: not measured yet
 COLUMNS = 1024  # of a program of the kernels around the products
 DECODE_FROM = 128  # tokens an expert, on average
 DECODED = 1 << 28  # weights decoded at a time for many tokens: 512 MiB of bfloat16
@@ -49,7 +49,12 @@ class Plan:
     expert: torch.Tensor
     padded: torch.Tensor
     blocks: int
-    tokens: int  # BT
+    tile: Tile
+
+    @property
+    def tokens(self) -> int:
+        """BT."""
+        return self.tile.tokens
 
 
 class TritonKernel:
@@ -75,32 +80,39 @@ class TritonKernel:
     def prepare(self, weights: PackedWeights) -> None:
         """Codes into the kernels' order."""
         reorder(weights)
+        weights.linear = LINEAR and decodes_linearly(weights)
 
     # -- one matrix ----------------------------------------------------------------------------
 
     def linear(self, weights: PackedWeights, x_MK: torch.Tensor) -> torch.Tensor:
         """x · W^T, [M, N]."""
         rows = x_MK.shape[0]
-        tokens = block_tokens(rows)
-        blocks = -(-rows // tokens)
-        plan = Plan(0, self.nothing, self.nothing, self.nothing, blocks, tokens)
+        tile = tile_for(format_of(weights), rows)
+        blocks = -(-rows // tile.tokens)
+        plan = Plan(0, self.nothing, self.nothing, self.nothing, blocks, tile)
         with torch.cuda.device_of(x_MK):
             return self.product(weights, x_MK.contiguous(), plan, rows, 1)
 
     def product(
-        self, weights: PackedWeights, x: torch.Tensor, plan: Plan, rows: int, top_k: int
+        self,
+        weights: PackedWeights,
+        x: torch.Tensor,
+        plan: Plan,
+        rows: int,
+        top_k: int,
+        is_turned: bool = False,
     ) -> torch.Tensor:
         """[rows, N] of pairs; the input of pair p is row p // top_k of x."""
         storage = weights.storage
         out = x.new_empty(rows, storage.height)
         if not rows:
             return out
-        code = FORMATS[storage.kind, storage.bits]
-        height = BLOCKS[plan.tokens]
-        grid = (-(-storage.height // height), plan.blocks)
-        four = SPAN[storage.bits] * 4
+        code, tile = format_of(weights), plan.tile
+        grid = (-(-storage.height // tile.rows), plan.blocks)
+        if tile.wide and not is_turned:
+            x = turned(x)
         products.packed_rows[grid](
-            x.view(torch.int32),
+            x if tile.wide else x.view(torch.int32),
             weights.codes.view(torch.int32),
             weights.scale.view(torch.int32) if code == 16 else weights.scale,
             weights.global_scale if code == 16 else weights.scale,
@@ -110,20 +122,18 @@ class TritonKernel:
             rows,
             storage.height,
             top_k,
-            products.ONES,
-            *products.MASKS[code],
+            decoding.ONES,
+            *decoding.MASKS[code],
             K=storage.columns,
             PART=storage.rows,
             FORMAT=code,
             SIZE=storage.block[1],
             ROW_BLOCK=storage.block[0],
             PLAN=plan.kind,
-            BT=plan.tokens,
-            BN=height,
             DOT=DOT,
-            SPAN=four if code != 3 and storage.columns % four == 0 else max(128, four // 4),
-            num_warps=1,
-            num_stages=1,
+            SPAN=step_columns(code, storage, tile),
+            LINEAR=weights.linear,
+            **tile.fixed,
         )
         return out
 
@@ -133,17 +143,18 @@ class TritonKernel:
         """Blocks of routed pairs, without asking the host."""
         pairs = ids_TK.numel()
         if ids_TK.shape[0] == 1:
-            return Plan(1, self.nothing, ids_TK.flatten(), self.nothing, pairs, min(BLOCKS))
-        tokens = self.block_tokens(weights, pairs)
-        return self.blocks(ids_TK, weights.experts, tokens)
+            alone = self.tile(weights, 1)
+            return Plan(1, self.nothing, ids_TK.flatten(), self.nothing, pairs, alone)
+        return self.blocks(ids_TK, weights.experts, self.tile(weights, 2, pairs))
 
-    def block_tokens(self, weights: PackedWeights, pairs: int) -> int:
-        """BT for so many pairs."""
-        return block_tokens(-(-pairs // weights.experts))
+    def tile(self, weights: PackedWeights, tokens: int, pairs: int = 0) -> Tile:
+        """The blocks for so many tokens."""
+        code = format_of(weights)
+        return ALONE[code] if tokens == 1 else tile_for(code, -(-pairs // weights.experts))
 
-    def blocks(self, ids_TK: torch.Tensor, num_experts: int, tokens: int) -> Plan:
-        """Pairs by expert, in blocks of `tokens`."""
-        pairs = ids_TK.numel()
+    def blocks(self, ids_TK: torch.Tensor, num_experts: int, tile: Tile) -> Plan:
+        """Pairs by expert, in blocks of the tile's tokens."""
+        pairs, tokens = ids_TK.numel(), tile.tokens
         most = min(pairs, num_experts + pairs // tokens)
         slots, expert, padded = (
             torch.empty(size, dtype=torch.int32, device=ids_TK.device)
@@ -164,7 +175,7 @@ class TritonKernel:
             CHUNKS=triton.next_power_of_2(-(-pairs // chunk)),
             WIDTH=max(16, triton.next_power_of_2(num_experts + 1)),
         )
-        return Plan(2, slots, expert, padded, most, tokens)
+        return Plan(2, slots, expert, padded, most, tile)
 
     def experts(
         self, layer: Any, x_TD: torch.Tensor, ids_TK: torch.Tensor, w_TK: torch.Tensor
@@ -183,23 +194,27 @@ class TritonKernel:
         pairs, top_k = ids_TK.numel(), ids_TK.shape[1]
         plan = self.plan(ids_TK, layer.up)
         up_PF = self.product(layer.up, x_TD.contiguous(), plan, pairs, top_k)
-        if plan.tokens != self.block_tokens(layer.down, pairs):
+        tile = self.tile(layer.down, ids_TK.shape[0], pairs)
+        if plan.tokens != tile.tokens:
             plan = self.plan(ids_TK, layer.down)
-        out_PD = self.product(layer.down, self.activated(layer, up_PF), plan, pairs, 1)
+        plan = replace(plan, tile=tile)
+        wide = tile.wide and layer.swiglu
+        inputs_PF = self.activated(layer, up_PF, wide)
+        out_PD = self.product(layer.down, inputs_PF, plan, pairs, 1, wide)
         return self.combined(out_PD, w_TK, x_TD.dtype)
 
     def decodes(self, pairs: int, num_experts: int) -> bool:
         """Whether so many pairs are worth decoding every expert for."""
         return pairs >= num_experts * DECODE_FROM
 
-    def activated(self, layer: Any, up_PF: torch.Tensor) -> torch.Tensor:
+    def activated(self, layer: Any, up_PF: torch.Tensor, is_turned: bool = False) -> torch.Tensor:
         """[P, 2F or F] -> [P, F], by one kernel where the activation is the usual one."""
         if not layer.swiglu or not up_PF.numel():
             return layer.activate(up_PF).contiguous()
         width = up_PF.shape[1] // 2
         out_PF = up_PF.new_empty(up_PF.shape[0], width)
         grid = (up_PF.shape[0], -(-width // COLUMNS))
-        routed.gated[grid](up_PF, out_PF, F=width, BLOCK=COLUMNS)
+        routed.gated[grid](up_PF, out_PF, F=width, BLOCK=COLUMNS, PERMUTED=is_turned)
         return out_PF
 
     def combined(
@@ -273,6 +288,36 @@ E2M1 = torch.tensor(
 )
 
 
-def block_tokens(average: int) -> int:
-    """BT for blocks of `average` tokens an expert."""
-    return next((many for many in BLOCKS if average <= many), max(BLOCKS))
+def format_of(weights: PackedWeights) -> int:
+    """The kernels' number of a format."""
+    return FORMATS[weights.storage.kind, weights.storage.bits]
+
+
+def step_columns(code: int, storage: Storage, tile: Tile) -> int:
+    """Columns of a step: whole spans of the format, and no more than the matrix has."""
+    span = SPAN[storage.bits]
+    if code == 3:
+        return span
+    longest = 4 * span if storage.columns % (4 * span) == 0 else max(128, span)
+    return min(longest, tile.columns) if tile.columns else longest
+
+
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """Columns where a wide product wants them: the 4 x 4 words of each 32 columns turned."""
+    words = x.view(torch.int32).view(x.shape[0], -1, 4, 4).transpose(2, 3)
+    return words.contiguous().view(x.dtype).view(x.shape)
+
+
+def decodes_linearly(weights: PackedWeights) -> bool:
+    """Whether scales are so far from bfloat16's ends that weights times 2^-32 are exact.
+
+    Asks the host; once, when weights are loaded.
+    """
+    kind = weights.storage.kind
+    scale = weights.global_scale.float().reciprocal() if kind == "nvfp4" else weights.scale
+    sizes = scale.float().abs()
+    sizes = sizes[sizes > 0]
+    wide = kind != "int" or weights.scale.dtype == torch.bfloat16
+    return wide and (
+        not sizes.numel() or (float(sizes.min()) > 2.0**-80 and float(sizes.max()) < 2.0**20)
+    )

@@ -19,7 +19,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("wants a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
+from runtime.kernels import tiles, triton_kernel  # noqa: E402
 from runtime.kernels.order import packed_words, unpacked_codes  # noqa: E402
+from runtime.kernels.tiles import Tile  # noqa: E402
 from runtime.kernels.triton_kernel import TritonKernel  # noqa: E402
 
 STORAGES = [
@@ -109,7 +111,7 @@ def test_pairs_are_put_into_blocks(tokens: int, top_k: int, experts: int, block:
     if tokens == 5:
         ids[:, 0] = 1  # more than half of the pairs, another expert may have none
     pairs = ids.numel()
-    plan = TritonKernel(DEVICE).blocks(ids, experts, block)
+    plan = TritonKernel(DEVICE).blocks(ids, experts, Tile(block, 32))
     counts = torch.bincount(ids.flatten(), minlength=experts)
     used = int((-(-counts // block)).sum())
     assert plan.blocks >= used
@@ -139,3 +141,35 @@ def test_activation_and_weighted_sum() -> None:
     wanted = (out.view(3, 2, -1).double() * weights.double().unsqueeze(-1)).sum(1)
     found = kernel.combined(out, weights, BF16)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-2, atol=2e-2)
+
+
+WAYS = {
+    "wide": Tile(16, 64, warps=4, columns=128, wide=True),
+    "wide ahead": Tile(16, 64, warps=4, stages=2, columns=128, wide=True),
+    "two warps": Tile(8, 32, warps=2, stages=3, columns=128),
+    "fenced": Tile(8, 16, fence=True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("storage", STORAGES, ids=IDS)
+def test_other_tiles(storage: Storage, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole layer by every way to multiply, decoding by one multiply-add."""
+    for code in tiles.TILES:
+        monkeypatch.setitem(tiles.TILES, code, (WAYS[way],))
+    monkeypatch.setattr(triton_kernel, "LINEAR", True)
+    weights, expected = on_device(storage, 3)
+    assert weights.linear
+    ids = torch.tensor([[0, 2], [2, 0], [2, 0]], device=DEVICE)
+    x = torch.randn(3, storage.columns, device=DEVICE).to(BF16)
+    kernel = TritonKernel(DEVICE)
+    found = kernel.product(weights, x, kernel.plan(ids, weights), 6, 2)
+    pairs = x.double().repeat_interleave(2, 0)
+    assert_close(found, torch.einsum("pk,pnk->pn", pairs, expected[ids.reshape(-1)]))
+
+
+def test_activation_in_the_wide_order() -> None:
+    kernel, layer = TritonKernel(DEVICE), types.SimpleNamespace(swiglu=True)
+    up = torch.randn(3, 2 * 256, device=DEVICE).to(BF16)
+    plain = kernel.activated(layer, up)
+    assert torch.equal(kernel.activated(layer, up, True), triton_kernel.turned(plain))
