@@ -44,7 +44,7 @@ def test_short_samples_are_not_scored(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
 def test_watched_matrices_are_fed_the_same(family: str, tmp_path: Path) -> None:
-    """A calibration sees what the whole model's indexers get; scores [.., S, S] are never formed."""
+    """A calibration sees what the whole model's indexers get."""
     skeleton, model, ids, mask = opened(family, tmp_path, index_topk=24)
     names = ("wq_b", "wk", "weights_proj")
     seen: list[torch.Tensor] = []
