@@ -42,6 +42,8 @@ from typing import Any
 import torch
 
 from benchmarks.full_size_model import HIDDEN, write_model, write_tokens
+from models.opening import open_model
+from reap.stats import LayerStats, SaliencyStats
 
 SAMPLE = 2048
 TARGET_TOKENS = 1360 * SAMPLE
@@ -278,14 +280,30 @@ def copy_rate(source: Path, out: Path) -> float:
     return moved / seconds
 
 
+def write_scores(model: Path, scores: Path) -> None:
+    """Random saliency: which experts go does not matter to the disk."""
+    opened = open_model(str(model))
+    experts, generator = opened.spec.num_experts, torch.Generator().manual_seed(0)
+    layers = {layer: LayerStats.empty(experts, ("code",)) for layer in opened.spec.scored_layers}
+    for stats in layers.values():
+        stats.add_routed(
+            torch.arange(experts),
+            torch.zeros(experts, dtype=torch.uint8),
+            torch.rand(experts, generator=generator),
+            torch.rand(experts, generator=generator),
+        )
+    SaliencyStats(
+        layers=layers,
+        tokens={"code": experts},
+        model="random",
+        digests={"model": opened.checkpoint.digest()},
+    ).save(scores)
+
+
 def measure_disk(folder: Path) -> dict[str, Any]:
     """Rates of the disk, and of the two commands that only it should bind."""
-    model = folder / "model"
-    tokens = folder / "tokens-16384.safetensors"
-    write_tokens(tokens, 16384 // SAMPLE, SAMPLE)
-    scores = folder / "scores"
-    if not scores.exists():
-        run(["score", str(model), "--tokens", str(tokens)], scores)
+    model, scores = folder / "model", folder / "scores"
+    write_scores(model, scores)
     rates = {
         "read": read_rate(model),
         "write": write_rate(folder),
