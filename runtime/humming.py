@@ -27,8 +27,9 @@ from humming.transform import (
 )
 from humming.tune import get_heuristics_config
 
+from runtime.kernels.plans import Plan, by_expert
 from runtime.kernels.tiles import Tile
-from runtime.kernels.triton_kernel import Plan, TritonKernel
+from runtime.kernels.triton_kernel import TritonKernel
 from runtime.packed import PackedWeights
 from runtime.storage import Storage
 
@@ -138,6 +139,14 @@ class HummingKernel(TritonKernel):
         out = transform_humming_tensors(config, tensors)
         return config, out["weight"], out["weight_scale"]
 
+    def way(self, weights: PackedWeights) -> bool:
+        """Nothing besides the storage."""
+        return False
+
+    def trials(self, weights: PackedWeights) -> tuple[int, ...]:
+        """Numbers of tokens an expert that Humming's table has other blocks for."""
+        return 4, 16, 64, 256
+
     def tuning(self, held: Converted, pairs: int) -> tuple[dict[str, Any], str]:
         """Humming's configuration for a number of routed pairs: as a dict and as it is passed."""
         bucket = 1 << max(0, (pairs - 1).bit_length())
@@ -158,7 +167,7 @@ class HummingKernel(TritonKernel):
         """Never: its own products stay ahead of decoded weights."""
         return False
 
-    def tile(self, weights: PackedWeights, tokens: int, pairs: int = 0) -> Tile:
+    def tile(self, weights: PackedWeights, pairs: int) -> Tile:
         """Tokens of a block as Humming's own table has them."""
         assert isinstance(weights.extra, Converted)
         return Tile(int(self.tuning(weights.extra, pairs)[0]["block_shape"][0]), 0)
@@ -166,10 +175,10 @@ class HummingKernel(TritonKernel):
     def plan(self, ids_TK: torch.Tensor, weights: PackedWeights) -> Plan:
         """Blocks of routed pairs. The experts of one token all differ: a block each, no sorting."""
         pairs = ids_TK.numel()
-        tile = self.tile(weights, ids_TK.shape[0], pairs)
+        tile = self.tile(weights, pairs)
         tokens = tile.tokens
         if ids_TK.shape[0] > 1:
-            return self.blocks(ids_TK, weights.experts, tile)
+            return by_expert(ids_TK, weights.experts, tile)
         key = pairs, tokens, ids_TK.device
         if key not in self.alone:
             slots = torch.full((pairs, tokens), pairs, dtype=torch.int32, device=ids_TK.device)

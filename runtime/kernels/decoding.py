@@ -1,18 +1,36 @@
 """Codes -> pairs of bfloat16 weights in registers, rounded as in the decoded model.
 
-TODO
+A word holds two codes side by side, in the low bits of two bfloat16 numbers (order.py). Two ways:
+
+    plain    one logical operation puts 128 above the codes, one multiply-add in bfloat16 makes the
+             exact values, one multiplication rounds their products with the scale
+    linear   codes are taken where they stand, as bfloat16 numbers far below 1 (code · 2^-133), and
+             one multiply-add, c · (s · 2^101) − zero · s · 2^-32, rounds the weights once: 2^-32 of
+             them, and the sums are multiplied by 2^32 at the end. NVFP4 and FP8 save the
+             multiplication by which plain decoding brings values up. Half the arithmetic, fewer
+             registers, the same weights bit for bit while nothing leaves bfloat16's range
+             (`is_linear` looks at the scales)
+
+    3, 4 bits   (word >> s) & 0x000f000f | 0x43004300 = 128 + code, less 128 + zero. Of 3 bits two
+                codes fit in the seven of the mantissa: 128 + 8·code, times 1/8, less 16 + zero
+    E2M1, E4M3  sign, exponent and mantissa to their places: the value times 2^-126 or 2^-120,
+                multiplied back. Their scales are float32, so is the product with them
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+from runtime.packed import PackedWeights
 
 INT3, INT4, NVFP4, FP8 = (tl.constexpr(value) for value in (3, 4, 16, 8))
 ONES = 0x43004300  # two bfloat16 128
 # masks of a code in the lowest bits of a half, and of the one above it (3 bits); with ONES they
 # come as arguments: an instruction holds one constant, the compiler would make two of it
 MASKS = {3: (0x00070007, 0x00380038), 4: (0x000F000F, 0), 16: (0, 0), 8: (0, 0)}
+SMALLEST, LARGEST = 2.0**-80, 2.0**20  # scales between which linear decoding is exact
 
 
 @triton.jit
@@ -205,3 +223,18 @@ def row_scale(scales, column, SIZE: tl.constexpr, WIDE: tl.constexpr):
     else:
         found = (found.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x00010001
     return found[:, None]
+
+
+def is_linear(weights: PackedWeights) -> bool:
+    """Whether weights may be decoded the linear way. Asks the host, once a PackedWeights."""
+    kind, scale = weights.storage.kind, weights.scale
+    if kind == "int" and scale.dtype != torch.bfloat16:
+        return False
+    if kind == "nvfp4":  # E4M3 scales of groups are never out of range
+        scale = weights.global_scale.reciprocal()
+    ends = []
+    for some in scale.split(8):  # experts; all of them at once could be half a gigabyte
+        sizes = some.float().abs()
+        ends += [torch.where(sizes > 0, sizes, 1.0).amin(), sizes.amax()]
+    sizes = torch.stack(ends)
+    return bool((sizes[::2] > SMALLEST).all() & (sizes[1::2] < LARGEST).all())

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import torch
 
+from models.dequantize import FP4_VALUES
 from runtime.decode import raw_codes
 from runtime.packed import PackedWeights
 
@@ -72,6 +73,22 @@ def unpacked_codes(bits: int, words: torch.Tensor) -> torch.Tensor:
                 bit = (planes[:, :, plane] >> (15 + 16 * half)) & 1
                 spans[:, :, 15, :, half] |= (bit << plane).to(torch.uint8)
     return spans.view(rows, -1)
+
+
+def decoded_matrix(weights: PackedWeights, expert: int, dtype: torch.dtype) -> torch.Tensor:
+    """One whole matrix [N, K] of reordered codes, by torch."""
+    storage = weights.storage
+    codes = unpacked_codes(storage.bits, weights.codes[expert].view(torch.int32))
+    which = torch.tensor([expert], device=codes.device)
+    scale = weights.row_scales(which, 0, storage.height)[0].float()
+    if storage.kind == "nvfp4":
+        values = torch.tensor(FP4_VALUES, device=codes.device)[codes.int()]
+    elif storage.kind == "fp8":
+        values = codes.view(torch.float8_e4m3fn).float()
+    else:
+        values = codes.float() - (1 << (storage.bits - 1))
+    grouped = values.view(storage.height, -1, storage.block[1])
+    return (grouped * scale.unsqueeze(-1)).view(storage.height, -1).to(dtype)
 
 
 def places(bits: int) -> list[tuple[int, int]]:

@@ -4,21 +4,18 @@
 
 One kernel for every format and number of tokens. A weight is rounded as in the decoded model, so
 that what is computed differs from it in nothing but the order of sums. Weights are decoded in
-registers into exactly the places where the tensor cores' instruction (m16n8k16, weights as the 16
-rows, tokens as the 8 columns) wants its first operand: nothing passes through shared memory, and
-two weights cost about four instructions; runtime/kernels/order.py has the order of bits that makes
-this possible. A word holds two codes side by side, in the low bits of two bfloat16 numbers; one
-logical operation (three inputs) puts 128 above them, one fused multiply-add in bfloat16 makes the
-exact value, and one multiplication rounds its product with the scale:
+registers (runtime/kernels/decoding.py) into exactly the places where the tensor cores' instruction
+wants its first operand: nothing passes through shared memory, and two weights cost about four
+instructions; runtime/kernels/order.py has the order of bits that makes this possible.
 
-    3, 4 bits   (word >> s) & 0x000f000f | 0x43004300 = 128 + code, less 128 + zero. Of 3 bits two
-                codes fit in the seven of the mantissa: 128 + 8·code, times 1/8, less 16 + zero
-    E2M1, E4M3  sign, exponent and mantissa to their places: the value times 2^-126 or 2^-120,
-                multiplied back. Their scales are float32, so is the product with them
+WARPS 1: m16n8k16, weights as the 16 rows, tokens as the 8 columns. A program asks for the next
+words of its rows before it works on these, so that enough are on their way to keep the memory busy
+(FENCE: the compiler would move those loads behind the arithmetic that should hide them). Inputs
+come from the first cache, which the weights are kept out of.
 
-A program is one warp and asks for the next words of its rows before it works on these, so that
-enough are on their way to keep the memory busy (docs/log.md: where the compiler moves those loads,
-a third of the speed is gone). Inputs come from the first cache, which the weights are kept out of.
+WARPS 4: the warpgroup's instruction, 64 rows of weights, inputs from shared memory, where their
+columns stand as `turned` (triton_kernel.py) leaves them. Words and inputs of the next steps are
+copied ahead by Triton's own pipeline (num_stages).
 """
 
 from __future__ import annotations
@@ -82,10 +79,8 @@ def step_inputs(inputs, column):
 @triton.jit
 def in_place(value, BN: tl.constexpr, WARPS: tl.constexpr):
     """Rows as lanes and warps loaded them -> as the instruction's operand has them: no move."""
-    if WARPS > 1:
-        split = tl.reshape(value, (BN // (16 * WARPS), 2, WARPS, 8, 32))
-        value = tl.reshape(tl.permute(split, (0, 2, 1, 3, 4)), (BN, 32))
-    return value
+    split = tl.reshape(value, (BN // (16 * WARPS), 2, WARPS, 8, 32))
+    return tl.reshape(tl.permute(split, (0, 2, 1, 3, 4)), (BN, 32))
 
 
 # every number of tokens would otherwise be compiled as 1, a multiple of 16, or neither
@@ -97,9 +92,7 @@ def packed_rows(
     K: tl.constexpr, PART: tl.constexpr, FORMAT: tl.constexpr, SIZE: tl.constexpr,
     ROW_BLOCK: tl.constexpr, PLAN: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     DOT: tl.constexpr, SPAN: tl.constexpr,
-    LINEAR: tl.constexpr = False, WARPS: tl.constexpr = 1, SPLITS: tl.constexpr = 1,
-    STAGES: tl.constexpr = 1, FENCE: tl.constexpr = False, NATURAL: tl.constexpr = False,
-    PDL: tl.constexpr = 0,
+    LINEAR: tl.constexpr, WARPS: tl.constexpr, FENCE: tl.constexpr, AHEAD: tl.constexpr = False,
 ):  # fmt: skip
     """BT tokens (8 and more) of one expert times BN rows.
 
@@ -107,7 +100,7 @@ def packed_rows(
     ids. 2: blocks as runtime/kernels/routed.py makes them.
     DOT is bfloat16; float32 for Triton's interpreter, which multiplies bfloat16 as integers.
     """
-    if PDL == 1:
+    if AHEAD:
         gdc_wait()
         gdc_launch_dependents()
     m = tl.program_id(1)
@@ -134,20 +127,12 @@ def packed_rows(
     matrix_row = (expert * N + row).to(tl.int64)
     BITS: tl.constexpr = 4 if FORMAT == NVFP4 else FORMAT
     PLANES: tl.constexpr = SPAN * BITS // 512
+    GROUP: tl.constexpr = WARPS > 1
     WIDE: tl.constexpr = FORMAT == NVFP4 or scale.dtype.element_ty != tl.bfloat16
-    SPANS: tl.constexpr = K // SPAN // SPLITS
-    first = tl.program_id(2) * SPANS if SPLITS > 1 else 0
     words = codes + matrix_row[:, None] * (K * BITS // 32)
-    words += tl.arange(0, 16)[None, :] + first * PLANES * 16
-    if PDL == 2:
-        if STAGES == 1:
-            n0, n1, n2, n3 = span_words(words, PLANES)
-        gdc_wait()
-        gdc_launch_dependents()
-    if NATURAL:
+    words += tl.arange(0, 16)[None, :]
+    if GROUP:
         tiles = x + (pair // top_k).to(tl.int64)[:, None] * K + tl.arange(0, 128)[None, :]
-        if STAGES == 1:
-            next_x = tl.load(tiles + first * SPAN)
     else:
         inputs = x + (pair // top_k).to(tl.int64)[:, None] * (K // 2)
         inputs += tl.arange(0, 16)[None, :]
@@ -157,7 +142,7 @@ def packed_rows(
         by = 1.0 / tl.load(global_scale + expert * (N // PART) + row // PART)[:, None]
         if LINEAR:
             by *= 1.9807040628566084e28  # 2^94
-        s0, s1 = tl.load(scales + first * SPAN // 64), tl.load(scales + first * SPAN // 64 + 1)
+        s0, s1 = tl.load(scales), tl.load(scales + 1)
     else:
         if FORMAT == FP8 and ROW_BLOCK > 1:
             per = (PART + ROW_BLOCK - 1) // ROW_BLOCK
@@ -165,19 +150,18 @@ def packed_rows(
         else:
             scale_row = matrix_row
         scales = scale + scale_row.to(tl.int64) * (K // SIZE)
-        s0 = row_scale(scales, first * SPAN, SIZE, WIDE)
+        s0 = row_scale(scales, 0, SIZE, WIDE)
     total = tl.zeros((BN, BT), tl.float32)
-    if STAGES == 1 and PDL != 2:
+    if not GROUP:
         n0, n1, n2, n3 = span_words(words, PLANES)
-    for number in range(SPANS):
-        span = first + number
-        if STAGES == 1:
+    for span in range(K // SPAN):
+        if not GROUP:
             w0, w1, w2, w3 = n0, n1, n2, n3
             words += tl.where((span + 1) * SPAN < K, PLANES * 16, 0)
             n0, n1, n2, n3 = span_words(words, PLANES)
         else:
-            w0, w1, w2, w3 = span_words(words + number * PLANES * 16, PLANES)
-        if not NATURAL:
+            w0, w1, w2, w3 = span_words(words + span * PLANES * 16, PLANES)
+        if not GROUP:
             i0, i1, i2, i3 = step_inputs(inputs, span * SPAN)
         if FENCE:
             tl.debug_barrier()
@@ -185,15 +169,11 @@ def packed_rows(
             # what the next 128 columns need, the first once more after the last
             column = span * SPAN + step * 128
             after = tl.where(column + 128 < K, column + 128, 0)
-            if NATURAL:
-                if STAGES == 1:
-                    x_TK = next_x
-                    next_x = tl.load(tiles + after)
-                else:
-                    x_TK = tl.load(tiles + column)
+            if GROUP:
+                x_TK = tl.load(tiles + column)
             else:
                 x0, x1, x2, x3 = i0, i1, i2, i3
-            if not NATURAL and step * 128 + 128 < SPAN:
+            if not GROUP and step * 128 + 128 < SPAN:
                 i0, i1, i2, i3 = step_inputs(inputs, column + 128)
             s = s0
             if FORMAT == NVFP4:
@@ -223,7 +203,7 @@ def packed_rows(
                     if LINEAR and FORMAT == FP8 and t * 32 % SIZE == 0:
                         factor = far(factor, WIDE, DOT)
                     value = scaled(value, factor, WIDE, DOT)
-                if NATURAL:
+                if GROUP:
                     weight = in_place(laid_out_wide(value, BN, DOT), BN, WARPS)
                     if t == 0:
                         v0 = weight
@@ -232,17 +212,17 @@ def packed_rows(
                     elif t == 2:
                         v2 = weight
                 else:
-                    weight = in_place(laid_out(value, BN, DOT), BN, WARPS)
+                    weight = laid_out(value, BN, DOT)
                     x_TK = x0 if t == 0 else (x1 if t == 1 else (x2 if t == 2 else x3))
                     total = tl.dot(weight, tl.trans(laid_out(x_TK, BT, DOT)), total)
-            if NATURAL:
+            if GROUP:
                 four_pairs = tl.join(tl.join(v0, v2), tl.join(v1, weight))  # [BN, 32, 2, 2]
                 four_pairs = tl.reshape(tl.permute(four_pairs, (0, 2, 3, 1)), (BN, 128))
                 total = tl.dot(four_pairs, tl.trans(x_TK.to(DOT)), total)
     if LINEAR:
         total *= 4294967296.0
     place = tl.arange(0, BN)
-    if WARPS > 1:
+    if GROUP:
         place = (
             place // (16 * WARPS) * (16 * WARPS)
             + place // 8 % 2 * (8 * WARPS)
@@ -250,7 +230,5 @@ def packed_rows(
             + place % 8
         )
     row = tl.program_id(0) * BN + place
-    if SPLITS > 1:
-        out += tl.program_id(2).to(tl.int64) * rows * N
     at = out + pair.to(tl.int64)[None, :] * N + row[:, None]
     tl.store(at, total.to(out.dtype.element_ty), mask=(row < N)[:, None] & valid[None, :])

@@ -8,6 +8,9 @@ formed and the experts' outputs added up by one launch each, none of which asks 
                            last block is filled up with the number of pairs, which is no pair's
     expert  [blocks]       whose block it is. Blocks that no expert needs come last and start with
                            the number of pairs
+
+AHEAD (compute capability 9, launch_pdl): a kernel is launched while the one before it still runs,
+waits for it before it touches any memory, and then lets the next one be launched.
 """
 
 from __future__ import annotations
@@ -61,36 +64,25 @@ def place_pairs(
 
 
 @triton.jit
-def part_sums(parts, at, mask, SPLITS: tl.constexpr, SIZE):
-    """Sums of a product over its parts [SPLITS, rows, N] in their order, rounded once."""
-    total = tl.load(parts + at, mask=mask, other=0.0)
-    for part in tl.static_range(1, SPLITS):
-        total += tl.load(parts + part * SIZE + at, mask=mask, other=0.0)
-    return total
-
-
-@triton.jit
 def gated(
-    up, out, F: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr = 1, PERMUTED: tl.constexpr = False, PDL: tl.constexpr = 0,
+    up, out, F: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr,
+    AHEAD: tl.constexpr = False,
 ):  # fmt: skip
     """silu(gate) · up of one row [gate | up], rounded after each step as torch does.
 
-    `up` may be in SPLITS parts; PERMUTED puts columns where the wide product wants them.
+    TURNED puts columns where a wide product wants them, as triton_kernel.turned does.
     """
-    if PDL:
+    if AHEAD:
         gdc_wait()
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < F
-    size = tl.num_programs(0).to(tl.int64) * 2 * F
-    at = row * 2 * F + column
-    gate = part_sums(up, at, mask, SPLITS, size).to(out.dtype.element_ty)
-    other = part_sums(up, at + F, mask, SPLITS, size).to(out.dtype.element_ty).to(tl.float32)
+    gate = tl.load(up + row * 2 * F + column, mask=mask, other=0.0)
+    other = tl.load(up + row * 2 * F + F + column, mask=mask, other=0.0).to(tl.float32)
     wide = gate.to(tl.float32)
     active = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
-    if PERMUTED:
+    if TURNED:
         column = column // 32 * 32 + column // 2 % 4 * 8 + column // 8 % 4 * 2 + column % 2
     tl.store(out + row * F + column, (active * other).to(gate.dtype), mask=mask)
 
@@ -98,22 +90,18 @@ def gated(
 @triton.jit
 def weighted_sum(
     outputs, weights, out, D: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr = 1, PDL: tl.constexpr = 0,
+    AHEAD: tl.constexpr = False,
 ):  # fmt: skip
     """Σ_k w_tk · y_tk of one token, in float32, in the order of k."""
-    if PDL:
+    if AHEAD:
         gdc_wait()
         gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < D
     total = tl.zeros((BLOCK,), tl.float32)
-    size = tl.num_programs(0).to(tl.int64) * TOP_K * D
     for choice in tl.static_range(TOP_K):
         pair = token * TOP_K + choice
-        value = part_sums(outputs, pair * D + column, mask, SPLITS, size)
-        if SPLITS > 1:
-            value = value.to(out.dtype.element_ty)
-        value = value.to(tl.float32)
+        value = tl.load(outputs + pair * D + column, mask=mask, other=0.0).to(tl.float32)
         total += value * tl.load(weights + pair).to(tl.float32)
     tl.store(out + token * D + column, total.to(out.dtype.element_ty), mask=mask)

@@ -1,15 +1,20 @@
-"""How large the blocks of a product are, by format and by how many tokens are worked on together.
+"""How large the blocks of a product are, by format and by how many tokens an expert has.
 
-Measured on an H200 (docs/benchmarks.md). Two ways to multiply:
+Measured on an H200 (docs/benchmarks.md, docs/log.md), in two ways to multiply:
 
-    one to four warps   blocks of 8 tokens and more, weights times 16 x 8 x 16
-    wide                blocks of 16 tokens and more by a warpgroup (four warps), weights from
-                        registers, inputs from shared memory in the order `turned` makes
+    one warp     blocks of 8 tokens and more, weights times 16 x 8 x 16. The next words are asked
+                 for into registers
+    four warps   blocks of 16 tokens and more by a warpgroup's instruction: weights from registers,
+                 inputs from shared memory in the order `turned` makes, words copied ahead. Only
+                 where that instruction is, compute capability 9, and only where blocks are full
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+
+import torch
 
 from runtime.kernels.decoding import FP8, INT3, INT4, NVFP4
 
@@ -21,35 +26,53 @@ class Tile:
     tokens: int
     rows: int
     warps: int = 1
-    stages: int = 1  # 1: the next words are asked for into registers; more: copied ahead
+    stages: int = 1  # of words copied ahead, by four warps
     columns: int = 0  # a step's; 0: the longest that the format and the matrix allow
-    wide: bool = False
     fence: bool = False  # keeps the compiler from moving the loads of the next words
-    registers: int | None = None
+    registers: int | None = None  # at most
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether a warpgroup multiplies."""
+        return self.warps > 1
 
     @property
     def fixed(self) -> dict[str, int | bool]:
         """What the kernel is compiled for besides the format."""
         options: dict[str, int | bool] = {
-            "BT": self.tokens, "BN": self.rows, "WARPS": self.warps, "STAGES": self.stages,
-            "FENCE": self.fence, "NATURAL": self.wide, "num_warps": self.warps,
-            "num_stages": self.stages,
+            "BT": self.tokens, "BN": self.rows, "WARPS": self.warps, "FENCE": self.fence,
+            "num_warps": self.warps, "num_stages": self.stages,
         }  # fmt: skip
         if self.registers:
             options["maxnreg"] = self.registers
         return options
 
 
-SMALL = (Tile(8, 32), Tile(16, 32), Tile(32, 32))
-# by format; the first that holds the average number of tokens an expert is taken, or the last
-TILES: dict[int, tuple[Tile, ...]] = {
-    INT3.value: SMALL, INT4.value: SMALL, NVFP4.value: SMALL, FP8.value: SMALL
-}  # fmt: skip
-# of one token, whose experts all differ
-ALONE: dict[int, Tile] = {code: Tile(8, 32) for code in TILES}
+# one token an expert to eight: as many warps as registers allow, 16 on each quarter of an SM
+FEW = Tile(8, 16, fence=True, registers=128)
+SOME = Tile(16, 32)
+MANY = Tile(32, 32)
+# where there are warpgroups, instead of MANY
+WIDE: dict[int, Tile] = {
+    INT3.value: Tile(32, 128, warps=4, stages=2),
+    INT4.value: Tile(32, 128, warps=4, stages=3, columns=128),
+    NVFP4.value: Tile(32, 128, warps=4, stages=3, columns=128),
+    FP8.value: Tile(64, 128, warps=4, stages=3, columns=128),
+}
 
 
-def tile_for(code: int, average: int) -> Tile:
-    """The blocks for so many tokens an expert."""
-    fitting = (tile for tile in TILES[code] if average <= tile.tokens)
-    return next(fitting, TILES[code][-1])
+def tiles(code: int, device: torch.device) -> tuple[Tile, ...]:
+    """The blocks that a format may be multiplied in on a device, those for few tokens first."""
+    return FEW, SOME, WIDE[code] if is_hopper(device) else MANY
+
+
+def tile_for(code: int, device: torch.device, average: int) -> Tile:
+    """The first that holds the average number of tokens an expert has, or the last."""
+    usable = tiles(code, device)
+    return next((tile for tile in usable if average <= tile.tokens), usable[-1])
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device has warpgroups and overlapping launches as they were measured."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

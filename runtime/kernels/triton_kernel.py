@@ -1,9 +1,9 @@
 """Our Triton kernels as a runtime kernel: which block sizes, which tokens together, whole layers.
 
-Tokens of one expert are worked on together in blocks of BT. The grid is as large as it could at
-most be: nothing here asks the host how the routing went, so a layer can be captured in a CUDA
-graph: one launch that puts pairs into blocks (none for one token, whose experts all differ), the
-two products, the activation and the weighted sum.
+Tokens of one expert are worked on together in blocks of BT (runtime/kernels/tiles.py). Nothing
+here asks the host how the routing went, so a layer can be captured in a CUDA graph: one launch that
+puts pairs into blocks (none for one token, whose experts all differ), the two products, the
+activation and the weighted sum.
 
 Many tokens an expert (DECODE_FROM and more on average): the experts are decoded, a few at a time,
 and multiplied in bfloat16, which is faster once arithmetic binds (docs/benchmarks.md).
@@ -15,46 +15,27 @@ tensors' own GPU the current one (`device_of`), so that a model may lie on sever
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 
-from runtime.decode import decode_rows
 from runtime.kernel import TorchKernel
 from runtime.kernels import decoding, products, routed
-from runtime.kernels.order import SPAN, reorder, unpacked_codes
-from runtime.kernels.tiles import ALONE, Tile, tile_for
+from runtime.kernels.order import SPAN, decoded_matrix, reorder
+from runtime.kernels.plans import Plan, by_expert
+from runtime.kernels.tiles import Tile, is_hopper, tile_for, tiles
 from runtime.packed import PackedWeights
 from runtime.storage import Storage
 
 # Triton's interpreter multiplies bfloat16 as if it were integers
 DOT = tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16
 FORMATS = {("int", 3): 3, ("int", 4): 4, ("nvfp4", 4): 16, ("fp8", 8): 8}
-LINEAR = False  # decoding by one multiply-add, where scales allow it: not measured yet
 COLUMNS = 1024  # of a program of the kernels around the products
 DECODE_FROM = 128  # tokens an expert, on average
 DECODED = 1 << 28  # weights decoded at a time for many tokens: 512 MiB of bfloat16
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Which pairs a block works on; `kind` as in products.packed_rows, the rest as in routed.py."""
-
-    kind: int
-    slots: torch.Tensor
-    expert: torch.Tensor
-    padded: torch.Tensor
-    blocks: int
-    tile: Tile
-
-    @property
-    def tokens(self) -> int:
-        """BT."""
-        return self.tile.tokens
 
 
 class TritonKernel:
@@ -80,14 +61,22 @@ class TritonKernel:
     def prepare(self, weights: PackedWeights) -> None:
         """Codes into the kernels' order."""
         reorder(weights)
-        weights.linear = LINEAR and decodes_linearly(weights)
+        weights.linear = decoding.is_linear(weights)
+
+    def way(self, weights: PackedWeights) -> bool:
+        """What the compiled kernels depend on besides the storage: how weights are decoded."""
+        return decoding.is_linear(weights)
+
+    def trials(self, weights: PackedWeights) -> tuple[int, ...]:
+        """Numbers of tokens an expert, each of which is multiplied in other blocks."""
+        return tuple(tile.tokens for tile in tiles(format_of(weights), weights.codes.device))
 
     # -- one matrix ----------------------------------------------------------------------------
 
     def linear(self, weights: PackedWeights, x_MK: torch.Tensor) -> torch.Tensor:
         """x · W^T, [M, N]."""
         rows = x_MK.shape[0]
-        tile = tile_for(format_of(weights), rows)
+        tile = tile_for(format_of(weights), weights.codes.device, rows)
         blocks = -(-rows // tile.tokens)
         plan = Plan(0, self.nothing, self.nothing, self.nothing, blocks, tile)
         with torch.cuda.device_of(x_MK):
@@ -109,10 +98,10 @@ class TritonKernel:
             return out
         code, tile = format_of(weights), plan.tile
         grid = (-(-storage.height // tile.rows), plan.blocks)
-        if tile.wide and not is_turned:
+        if tile.is_wide and not is_turned:
             x = turned(x)
         products.packed_rows[grid](
-            x if tile.wide else x.view(torch.int32),
+            x if tile.is_wide else x.view(torch.int32),
             weights.codes.view(torch.int32),
             weights.scale.view(torch.int32) if code == 16 else weights.scale,
             weights.global_scale if code == 16 else weights.scale,
@@ -134,6 +123,7 @@ class TritonKernel:
             SPAN=step_columns(code, storage, tile),
             LINEAR=weights.linear,
             **tile.fixed,
+            **ahead(x.device),
         )
         return out
 
@@ -143,39 +133,22 @@ class TritonKernel:
         """Blocks of routed pairs, without asking the host."""
         pairs = ids_TK.numel()
         if ids_TK.shape[0] == 1:
-            alone = self.tile(weights, 1)
-            return Plan(1, self.nothing, ids_TK.flatten(), self.nothing, pairs, alone)
-        return self.blocks(ids_TK, weights.experts, self.tile(weights, 2, pairs))
+            tile = self.tile(weights, 1)
+            return Plan(1, self.nothing, ids_TK.flatten(), self.nothing, pairs, tile)
+        return by_expert(ids_TK, weights.experts, self.tile(weights, pairs))
 
-    def tile(self, weights: PackedWeights, tokens: int, pairs: int = 0) -> Tile:
-        """The blocks for so many tokens."""
-        code = format_of(weights)
-        return ALONE[code] if tokens == 1 else tile_for(code, -(-pairs // weights.experts))
+    def tile(self, weights: PackedWeights, pairs: int) -> Tile:
+        """The blocks for so many routed pairs."""
+        average = -(-pairs // weights.experts)
+        return tile_for(format_of(weights), weights.codes.device, average)
 
-    def blocks(self, ids_TK: torch.Tensor, num_experts: int, tile: Tile) -> Plan:
-        """Pairs by expert, in blocks of the tile's tokens."""
-        pairs, tokens = ids_TK.numel(), tile.tokens
-        most = min(pairs, num_experts + pairs // tokens)
-        slots, expert, padded = (
-            torch.empty(size, dtype=torch.int32, device=ids_TK.device)
-            for size in (most * tokens, most, 1)
-        )
-        chunk = min(1024, max(16, triton.next_power_of_2(pairs)))
-        routed.place_pairs[(num_experts,)](
-            ids_TK.flatten(),
-            slots,
-            expert,
-            padded,
-            pairs,
-            most,
-            num_experts,
-            BT=tokens,
-            FILL=triton.next_power_of_2(tokens),
-            CHUNK=chunk,
-            CHUNKS=triton.next_power_of_2(-(-pairs // chunk)),
-            WIDTH=max(16, triton.next_power_of_2(num_experts + 1)),
-        )
-        return Plan(2, slots, expert, padded, most, tile)
+    def routed(
+        self, weights: PackedWeights, x_TK: torch.Tensor, ids_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """x_t · W_e(t,k)^T of every routed pair, [P, N]."""
+        with torch.cuda.device_of(x_TK):
+            plan = self.plan(ids_TK, weights)
+            return self.product(weights, x_TK.contiguous(), plan, ids_TK.numel(), ids_TK.shape[1])
 
     def experts(
         self, layer: Any, x_TD: torch.Tensor, ids_TK: torch.Tensor, w_TK: torch.Tensor
@@ -194,13 +167,13 @@ class TritonKernel:
         pairs, top_k = ids_TK.numel(), ids_TK.shape[1]
         plan = self.plan(ids_TK, layer.up)
         up_PF = self.product(layer.up, x_TD.contiguous(), plan, pairs, top_k)
-        tile = self.tile(layer.down, ids_TK.shape[0], pairs)
+        tile = plan.tile if plan.kind == 1 else self.tile(layer.down, pairs)
         if plan.tokens != tile.tokens:
             plan = self.plan(ids_TK, layer.down)
         plan = replace(plan, tile=tile)
-        wide = tile.wide and layer.swiglu
-        inputs_PF = self.activated(layer, up_PF, wide)
-        out_PD = self.product(layer.down, inputs_PF, plan, pairs, 1, wide)
+        is_turned = tile.is_wide and layer.swiglu
+        inputs_PF = self.activated(layer, up_PF, is_turned)
+        out_PD = self.product(layer.down, inputs_PF, plan, pairs, 1, is_turned)
         return self.combined(out_PD, w_TK, x_TD.dtype)
 
     def decodes(self, pairs: int, num_experts: int) -> bool:
@@ -214,7 +187,8 @@ class TritonKernel:
         width = up_PF.shape[1] // 2
         out_PF = up_PF.new_empty(up_PF.shape[0], width)
         grid = (up_PF.shape[0], -(-width // COLUMNS))
-        routed.gated[grid](up_PF, out_PF, F=width, BLOCK=COLUMNS, PERMUTED=is_turned)
+        more = ahead(up_PF.device)
+        routed.gated[grid](up_PF, out_PF, F=width, BLOCK=COLUMNS, TURNED=is_turned, **more)
         return out_PF
 
     def combined(
@@ -226,8 +200,9 @@ class TritonKernel:
         out_TD = out_PD.new_empty(num_tokens, width, dtype=dtype)
         if num_tokens:
             routed.weighted_sum[(num_tokens, -(-width // COLUMNS))](
-                out_PD, w_TK.contiguous(), out_TD, D=width, TOP_K=top_k, BLOCK=COLUMNS
-            )
+                out_PD, w_TK.contiguous(), out_TD, D=width, TOP_K=top_k, BLOCK=COLUMNS,
+                **ahead(out_PD.device),
+            )  # fmt: skip
         return out_TD
 
     def _experts_decoded(
@@ -267,25 +242,9 @@ class TritonKernel:
 
     def decode(self, weights: PackedWeights, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """One whole matrix [N, K]."""
-        storage = weights.storage
-        which = torch.tensor([expert], device=weights.codes.device)
         if weights.repacked is None:
-            return decode_rows(weights, which, 0, storage.height, dtype)[0]
-        codes = unpacked_codes(storage.bits, weights.codes[expert].view(torch.int32))
-        scale = weights.row_scales(which, 0, storage.height)[0].float()
-        if storage.kind == "nvfp4":
-            values = E2M1.to(codes.device)[codes.int()]
-        elif storage.kind == "fp8":
-            values = codes.view(torch.float8_e4m3fn).float()
-        else:
-            values = codes.float() - (1 << (storage.bits - 1))
-        grouped = values.view(storage.height, -1, storage.block[1])
-        return (grouped * scale.unsqueeze(-1)).view(storage.height, -1).to(dtype)
-
-
-E2M1 = torch.tensor(
-    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
-)
+            return self.torch.decode(weights, expert, dtype)
+        return decoded_matrix(weights, expert, dtype)
 
 
 def format_of(weights: PackedWeights) -> int:
@@ -308,16 +267,6 @@ def turned(x: torch.Tensor) -> torch.Tensor:
     return words.contiguous().view(x.dtype).view(x.shape)
 
 
-def decodes_linearly(weights: PackedWeights) -> bool:
-    """Whether scales are so far from bfloat16's ends that weights times 2^-32 are exact.
-
-    Asks the host; once, when weights are loaded.
-    """
-    kind = weights.storage.kind
-    scale = weights.global_scale.float().reciprocal() if kind == "nvfp4" else weights.scale
-    sizes = scale.float().abs()
-    sizes = sizes[sizes > 0]
-    wide = kind != "int" or weights.scale.dtype == torch.bfloat16
-    return wide and (
-        not sizes.numel() or (float(sizes.min()) > 2.0**-80 and float(sizes.max()) < 2.0**20)
-    )
+def ahead(device: torch.device) -> dict[str, bool]:
+    """What makes a launch overlap with the one before it (runtime/kernels/routed.py)."""
+    return {"AHEAD": True, "launch_pdl": True} if is_hopper(device) else {}

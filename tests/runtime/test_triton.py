@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import types
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -19,15 +21,18 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("wants a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from runtime.kernels import tiles, triton_kernel  # noqa: E402
+from runtime.kernels import decoding, tiles, triton_kernel  # noqa: E402
 from runtime.kernels.order import packed_words, unpacked_codes  # noqa: E402
+from runtime.kernels.plans import by_expert  # noqa: E402
 from runtime.kernels.tiles import Tile  # noqa: E402
 from runtime.kernels.triton_kernel import TritonKernel  # noqa: E402
 
 STORAGES = [
     integer(40, 512, 3, 128),
+    integer(24, 512, 3, 64),
     integer(72, 1024, 3, 32),
     integer(33, 128, 4, 128),
+    integer(41, 256, 4, 64),
     integer(50, 384, 4, 32),
     nvfp4(37, 256),
     fp8(200, 256, (128, 128)),
@@ -41,10 +46,15 @@ def on_device(storage: Storage, experts: int) -> tuple[PackedWeights, torch.Tens
     """Random weights, brought into the kernels' order, and the decoded model's bfloat16 ones."""
     weights = random_weights(storage, experts)
     decoded = [TorchKernel().decode(weights, e, BF16) for e in range(experts)]
-    for name, parameter in weights.named_parameters():
-        weights._parameters[name] = torch.nn.Parameter(parameter.to(DEVICE), requires_grad=False)
+    moved(weights)
     TritonKernel(DEVICE).prepare(weights)
     return weights, torch.stack(decoded).double().to(DEVICE)
+
+
+def moved(weights: PackedWeights) -> None:
+    """To the device that is tested."""
+    for name, parameter in weights.named_parameters():
+        weights._parameters[name] = torch.nn.Parameter(parameter.to(DEVICE), requires_grad=False)
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -111,7 +121,7 @@ def test_pairs_are_put_into_blocks(tokens: int, top_k: int, experts: int, block:
     if tokens == 5:
         ids[:, 0] = 1  # more than half of the pairs, another expert may have none
     pairs = ids.numel()
-    plan = TritonKernel(DEVICE).blocks(ids, experts, Tile(block, 32))
+    plan = by_expert(ids, experts, Tile(block, 32))
     counts = torch.bincount(ids.flatten(), minlength=experts)
     used = int((-(-counts // block)).sum())
     assert plan.blocks >= used
@@ -143,29 +153,88 @@ def test_activation_and_weighted_sum() -> None:
     torch.testing.assert_close(found.double(), wanted, rtol=1e-2, atol=2e-2)
 
 
-WAYS = {
-    "wide": Tile(16, 64, warps=4, columns=128, wide=True),
-    "wide ahead": Tile(16, 64, warps=4, stages=2, columns=128, wide=True),
-    "two warps": Tile(8, 32, warps=2, stages=3, columns=128),
-    "fenced": Tile(8, 16, fence=True),
-}
+def tables() -> list[tuple[Storage, Tile]]:
+    """Every tile that a format may be multiplied in, on whatever card, with its storages."""
+    rows = []
+    for storage in STORAGES:
+        code = triton_kernel.FORMATS[storage.kind, storage.bits]
+        wide = tiles.WIDE[code]
+        rows += [(storage, tile) for tile in (tiles.FEW, tiles.SOME, tiles.MANY, wide)]
+    return rows
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("storage", STORAGES, ids=IDS)
-def test_other_tiles(storage: Storage, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A whole layer by every way to multiply, decoding by one multiply-add."""
-    for code in tiles.TILES:
-        monkeypatch.setitem(tiles.TILES, code, (WAYS[way],))
-    monkeypatch.setattr(triton_kernel, "LINEAR", True)
-    weights, expected = on_device(storage, 3)
+@pytest.mark.parametrize("linear", [True, False], ids=["linear", "plain"])
+@pytest.mark.parametrize(
+    ("storage", "tile"),
+    tables(),
+    ids=lambda v: (
+        f"{v.tokens}x{v.rows}"
+        if isinstance(v, Tile)
+        else f"{v.title}-{v.rows}x{v.columns}-{v.block[1]}"
+    ),
+)
+def test_every_tile(
+    storage: Storage, tile: Tile, linear: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both parts joined, an expert without a token, blocks that are full and one that is not."""
+    monkeypatch.setattr(triton_kernel, "tile_for", lambda *_: tile)
+    weights, expected = on_device(storage.joined(2), 3)
     assert weights.linear
-    ids = torch.tensor([[0, 2], [2, 0], [2, 0]], device=DEVICE)
-    x = torch.randn(3, storage.columns, device=DEVICE).to(BF16)
+    weights.linear = linear
     kernel = TritonKernel(DEVICE)
-    found = kernel.product(weights, x, kernel.plan(ids, weights), 6, 2)
+    tokens = tile.tokens + 3
+    ids = torch.tensor([[0, 2]], device=DEVICE).repeat(tokens, 1)
+    ids[::4] = ids[::4].flip(1)
+    x = torch.randn(tokens, storage.columns, device=DEVICE).to(BF16)
+    plan = kernel.plan(ids, weights)
+    assert plan.tile == tile
+    found = kernel.product(weights, x, plan, 2 * tokens, 2)
     pairs = x.double().repeat_interleave(2, 0)
     assert_close(found, torch.einsum("pk,pnk->pn", pairs, expected[ids.reshape(-1)]))
+    alone = kernel.product(weights, x[:1], kernel.plan(ids[:1], weights), 2, 2)
+    assert_close(alone, torch.einsum("k,pnk->pn", x[0].double(), expected[ids[0]]))
+    weights, expected = on_device(storage, 1)
+    weights.linear = linear
+    assert_close(kernel.linear(weights, x), x.double() @ expected[0].T)
+
+
+@pytest.mark.parametrize("edge", [decoding.SMALLEST * 1.02, decoding.LARGEST * 0.98])
+@pytest.mark.parametrize("storage", STORAGES, ids=IDS)
+def test_scales_at_the_edge(storage: Storage, edge: float) -> None:
+    """The last scales that are decoded the linear way, and the first that are not."""
+    name = "global_scale" if storage.kind == "nvfp4" else "scale"
+    for factor, linear in ((1.0, True), (2.0 if edge > 1 else 0.5, False)):
+        weights = random_weights(storage, 1)
+        held = getattr(weights, name)
+        held.fill_(1 / (edge * factor) if storage.kind == "nvfp4" else edge * factor)
+        weights.scale[0, 0, 0] = 0
+        decoded = TorchKernel().decode(weights, 0, BF16).double().to(DEVICE)
+        moved(weights)
+        kernel = TritonKernel(DEVICE)
+        kernel.prepare(weights)
+        assert weights.linear is linear
+        x = torch.randn(3, storage.columns, device=DEVICE).to(BF16)
+        assert_close(kernel.linear(weights, x), x.double() @ decoded.T)
+
+
+def test_scales_of_other_types_are_decoded_the_plain_way() -> None:
+    """Float16 scales (GPTQ) are not multiplied in bfloat16."""
+    storage = replace(integer(33, 128, 4, 128), scale_dtype=torch.float16)
+    weights, expected = on_device(storage, 1)
+    assert not weights.linear
+    x = torch.randn(9, 128, device=DEVICE).to(BF16)
+    assert_close(TritonKernel(DEVICE).linear(weights, x), x.double() @ expected[0].T)
+
+
+def test_blocks_grow_with_the_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first that holds the average; wide ones on Hopper alone."""
+    tile_of = partial(tiles.tile_for, 8, torch.device("cuda"))
+    monkeypatch.setattr(tiles, "is_hopper", lambda _: True)
+    found = [tile_of(average) for average in (1, 8, 9, 16, 17, 300)]
+    wide = tiles.WIDE[8]
+    assert found == [tiles.FEW, tiles.FEW, tiles.SOME, tiles.SOME, wide, wide]
+    monkeypatch.setattr(tiles, "is_hopper", lambda _: False)
+    assert [tile_of(average) for average in (4, 17)] == [tiles.FEW, tiles.MANY]
 
 
 def test_activation_in_the_wide_order() -> None:
