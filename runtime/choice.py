@@ -79,6 +79,8 @@ def _missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return None if row_order() else "the CPU has neither AVX2 nor AVX-512"
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device.type}"
+    if dtype != torch.bfloat16:
+        return f"it computes in bfloat16, not {str(dtype).removeprefix('torch.')}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if name == "humming":

@@ -32,6 +32,7 @@ from models.opening import OpenModel, compute_device, compute_dtype, open_model
 from models.progress import Progress, Step, silent
 from models.skeleton import Skeleton
 from runtime.choice import Backend, Choice
+from runtime.kernel_check import KernelCheck
 from runtime.packed import PackedWeights
 from runtime.packing import PackedModules, up_roles
 from runtime.placement import EMBED, HEAD, device_of, module_paths, place, spread
@@ -83,7 +84,8 @@ def load_model(
 ) -> Loaded:
     """Load a checkpoint (folder or hub id) to run it.
 
-    InputError when it is no checkpoint known here, incomplete, or larger than the devices.
+    InputError when it is no checkpoint known here, incomplete, or larger than the devices, or
+    when the kernels chosen for it do not multiply rightly there.
     """
     settings = settings or LoadSettings()
     opened = open_model(path)
@@ -102,6 +104,7 @@ class Loader:
         self.opened, self.dtype, self.device, self.settings = opened, dtype, device, settings
         self.source, self.spec = opened.source, opened.spec
         self.choice = Choice(settings.backend, device, dtype)
+        self.check = KernelCheck(dtype)
         self.skeleton = Skeleton(
             opened.source, dtype=dtype, device=device, attention=settings.attention
         )
@@ -162,7 +165,7 @@ class Loader:
             linear.packed.allocate(self.skeleton.device)
             linear.packed.fill(self.source, name, 0, 0)
             assert linear.kernel is not None
-            linear.kernel.prepare(linear.packed)
+            self.check.prepare(linear.kernel, linear.packed)
 
     def _fill_experts(self, index: int) -> None:
         experts, reader = self.packed.experts[index], self.packed.reader(index)
@@ -177,8 +180,8 @@ class Loader:
             if bias is not None:
                 setattr(experts, name, nn.Parameter(bias.to(device), requires_grad=False))
         assert experts.kernel is not None
-        experts.kernel.prepare(experts.up)
-        experts.kernel.prepare(experts.down)
+        self.check.prepare(experts.kernel, experts.up)
+        self.check.prepare(experts.kernel, experts.down)
         experts.view_plain()
 
     def _fill_expert(
