@@ -259,12 +259,14 @@ def planned(
 
 def tune_rows(kernel: TritonKernel, weights: PackedWeights, case: Case, name: str) -> None:
     """Other tokens and rows than the kernel's own."""
+    from runtime.kernels.plans import by_expert
     from runtime.kernels.tiles import Tile
 
     alone = case.tokens == 1
     tried = [Tile(t, r) for t, r in itertools.product((8, 16, 32, 64), (16, 32))]
+    tried += [Tile(t, 16, fence=True, registers=128) for t in (8, 16)]
     tried += [
-        Tile(t, r, warps=4, stages=s, columns=128, wide=True)
+        Tile(t, r, warps=4, stages=s, columns=128)
         for t, r, s in itertools.product((16, 32, 64), (64, 128), (2, 3))
     ]
     for tile in tried:
@@ -273,7 +275,7 @@ def tune_rows(kernel: TritonKernel, weights: PackedWeights, case: Case, name: st
         try:
             runs = []
             for ids, x in zip(case.ids, case.inputs, strict=True):
-                plan = kernel.plan(ids, weights) if alone else kernel.blocks(ids, EXPERTS, tile)
+                plan = kernel.plan(ids, weights) if alone else by_expert(ids, EXPERTS, tile)
                 plan = dataclasses.replace(plan, tile=tile)
                 runs.append(
                     partial(kernel.product, weights, x, plan, case.tokens * TOP_K, case.top_k)
