@@ -1,0 +1,123 @@
+"""Tiles of one matrix in bfloat16 on a CPU by machine code: `decode_rows`' values, in one pass.
+
+runtime/vector_code.py decodes; here are the tensors it is handed, the threads (numba's own pool
+would fight with torch's for the cores) and the reason where it cannot be had. Products stay
+torch's own, so a packed model says the decoded model's words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from runtime.packed import PackedWeights
+from runtime.storage import Storage
+
+STEP = 16  # columns that are decoded together
+SPLIT = 1 << 16  # weights a thread: waking one for less costs more than it saves
+# scales that are read as they are stored; others become float32 first
+AS_STORED = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.uint16,
+    torch.float8_e4m3fn: torch.uint8,
+}
+
+
+class CompiledTiles:
+    """Decodes integers of 2 to 8 bits, with zero points or without, NVFP4 and FP8.
+
+    `missing` says why nothing is supported where that is so; numba is imported, and a format's
+    decoder compiled, when a storage is first asked for.
+    """
+
+    name = "torch, tiles compiled by numba"
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        """`dtype` is the compute type."""
+        self.missing = why_not(device, dtype)
+        self.decoders: dict[tuple[str, int, torch.dtype], Callable[..., None]] = {}
+        self.workers = Workers()
+
+    def supports(self, storage: Storage) -> bool:
+        """Groups of 16 columns or more that begin and end with a byte, the last one too."""
+        if storage.kind == "plain" or self.missing is not None:
+            return False
+        last = storage.columns - (storage.groups - 1) * storage.block[1]
+        widths = (last,) if storage.groups == 1 else (last, storage.block[1])
+        if any(width < STEP or width * storage.bits % 8 for width in widths):
+            return False
+        return self._decoder(storage) is not None
+
+    def _decoder(self, storage: Storage) -> Callable[..., None] | None:
+        """The function for weights so stored; None, and `missing` set, where there is no numba."""
+        key = storage.kind, storage.bits, storage.scale_dtype
+        if key not in self.decoders:
+            try:
+                from runtime.vector_code import FAILURES, decoder
+            except ImportError as error:
+                self.missing = f"numba cannot be imported ({error})"
+                return None
+            scales = AS_STORED.get(storage.scale_dtype, torch.float32)
+            name = str(scales).removeprefix("torch.")
+            try:
+                self.decoders[key] = decoder(storage.kind, storage.bits, name)
+            except FAILURES as error:
+                self.missing = f"numba cannot compile it ({str(error).splitlines()[0]})"
+                return None
+        return self.decoders[key]
+
+    def write(self, weights: PackedWeights, expert: int, start: int, out_RK: torch.Tensor) -> None:
+        """Rows from `start` on of matrix `expert`."""
+        storage, scale = weights.storage, weights.scale[expert]
+        decode = self._decoder(storage)
+        assert decode is not None, self.missing
+        stored = AS_STORED.get(scale.dtype)
+        scales = (scale.float() if stored is None else scale.view(stored)).numpy()
+        codes = weights.codes[expert].view(torch.uint8).numpy()
+        whole, zero = np.empty(0, np.float32), np.empty((0, 0), np.uint8)
+        if storage.kind == "nvfp4":
+            whole = weights.global_scale[expert].numpy()
+        if storage.zero_points:
+            zero = weights.zero_point[expert].numpy()
+        out = out_RK.view(torch.uint16).numpy()
+        fixed = storage.rows, storage.scale_rows, *storage.block, 1 << (storage.bits - 1)
+
+        def rows(first: int, last: int) -> None:
+            sizes = (start + first, start + last, *fixed)
+            decode(codes, scales, whole, zero, out[first:last], sizes)
+
+        self.workers.split(rows, out.shape[0], out.size)
+
+
+class Workers:
+    """Threads for what runs without Python's lock: as many as torch uses."""
+
+    def __init__(self) -> None:
+        self.pool: ThreadPoolExecutor | None = None
+
+    def split(self, work: Callable[[int, int], None], rows: int, weights: int) -> None:
+        """work(first, last) over all rows, on several threads where that pays."""
+        threads = min(torch.get_num_threads(), weights // SPLIT, rows)
+        if threads <= 1:
+            work(0, rows)
+            return
+        if self.pool is None:
+            self.pool = ThreadPoolExecutor(torch.get_num_threads(), "tiles")
+        edges = [rows * place // threads for place in range(threads + 1)]
+        for done in [self.pool.submit(work, *two) for two in pairwise(edges)]:
+            done.result()
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `CompiledTiles` cannot serve this device and compute type; None where it can."""
+    if device.type != "cpu":
+        return f"it runs on a CPU, not on {device.type}"
+    if dtype != torch.bfloat16:
+        return f"it makes bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return "the CPU has neither AVX2 nor AVX-512"
+    return None
