@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,12 +19,14 @@ import torch
 from runtime.packed import PackedWeights
 from runtime.storage import Storage
 
+Arrays = tuple[np.ndarray[Any, Any], ...]  # codes, scales, global scales, zero points
 STEP = 16  # columns that are decoded together
 SPLIT = 1 << 16  # weights a thread: waking one for less costs more than it saves
-# scales that are read as they are stored; others become float32 first
-AS_STORED = {
+# types of scales, and as what numpy, which knows no bfloat16, is shown them
+SHOWN = {
     torch.float32: torch.float32,
     torch.bfloat16: torch.uint16,
+    torch.float16: torch.int16,
     torch.float8_e4m3fn: torch.uint8,
 }
 
@@ -40,11 +44,12 @@ class CompiledTiles:
         """`dtype` is the compute type."""
         self.missing = why_not(device, dtype)
         self.decoders: dict[tuple[str, int, torch.dtype], Callable[..., None]] = {}
+        self.arrays: WeakKeyDictionary[PackedWeights, tuple[int, Arrays]] = WeakKeyDictionary()
         self.workers = Workers()
 
     def supports(self, storage: Storage) -> bool:
         """Groups of 16 columns or more that begin and end with a byte, the last one too."""
-        if storage.kind == "plain" or self.missing is not None:
+        if storage.kind == "plain" or storage.scale_dtype not in SHOWN or self.missing is not None:
             return False
         last = storage.columns - (storage.groups - 1) * storage.block[1]
         widths = (last,) if storage.groups == 1 else (last, storage.block[1])
@@ -61,8 +66,7 @@ class CompiledTiles:
             except ImportError as error:
                 self.missing = f"numba cannot be imported ({error})"
                 return None
-            scales = AS_STORED.get(storage.scale_dtype, torch.float32)
-            name = str(scales).removeprefix("torch.")
+            name = str(SHOWN[storage.scale_dtype]).removeprefix("torch.")
             try:
                 self.decoders[key] = decoder(storage.kind, storage.bits, name)
             except FAILURES as error:
@@ -72,25 +76,35 @@ class CompiledTiles:
 
     def write(self, weights: PackedWeights, expert: int, start: int, out_RK: torch.Tensor) -> None:
         """Rows from `start` on of matrix `expert`."""
-        storage, scale = weights.storage, weights.scale[expert]
+        storage = weights.storage
         decode = self._decoder(storage)
         assert decode is not None, self.missing
-        stored = AS_STORED.get(scale.dtype)
-        scales = (scale.float() if stored is None else scale.view(stored)).numpy()
-        codes = weights.codes[expert].view(torch.uint8).numpy()
-        whole, zero = np.empty(0, np.float32), np.empty((0, 0), np.uint8)
-        if storage.kind == "nvfp4":
-            whole = weights.global_scale[expert].numpy()
-        if storage.zero_points:
-            zero = weights.zero_point[expert].numpy()
+        codes, scale, whole, zero = (every[expert] for every in self._arrays(weights))
         out = out_RK.view(torch.uint16).numpy()
         fixed = storage.rows, storage.scale_rows, *storage.block, 1 << (storage.bits - 1)
 
         def rows(first: int, last: int) -> None:
             sizes = (start + first, start + last, *fixed)
-            decode(codes, scales, whole, zero, out[first:last], sizes)
+            decode(codes, scale, whole, zero, out[first:last], sizes)
 
         self.workers.split(rows, out.shape[0], out.size)
+
+    def _arrays(self, weights: PackedWeights) -> Arrays:
+        """The tensors as numpy sees them; kept, for making views takes as long as a small tile."""
+        address = weights.codes.data_ptr()
+        known = self.arrays.get(weights)
+        if known is not None and known[0] == address:
+            return known[1]
+        scale = weights.scale.view(SHOWN[weights.scale.dtype])
+        whole = np.empty((weights.experts, 0), np.float32)
+        zero = np.empty((weights.experts, 0, 0), np.uint8)
+        if weights.storage.kind == "nvfp4":
+            whole = weights.global_scale.numpy()
+        if weights.storage.zero_points:
+            zero = weights.zero_point.numpy()
+        arrays = weights.codes.view(torch.uint8).numpy(), scale.numpy(), whole, zero
+        self.arrays[weights] = address, arrays
+        return arrays
 
 
 class Workers:

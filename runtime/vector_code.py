@@ -143,12 +143,14 @@ def half_value(typing: Any, bits: Any) -> Any:
 def decoder(kind: str, bits: int, scales: str) -> Callable[..., None]:
     """A compiled function (codes, scale, whole, zero, out, sizes) for rows of one matrix.
 
-        codes  uint8 [R, bytes], out uint16 [R, K] (bfloat16's bits): the rows, without gaps
-        scale  of the matrix [rows of scales, G]: float32, bfloat16's bits as uint16, E4M3 as uint8
-               (`scales` says which)
+        codes  uint8 [N, bytes] of the matrix
+        out    uint16 [R, K], bfloat16's bits: the rows
+        scale  of the matrix [rows of scales, G]: float32, or the bits of bfloat16 as uint16, of
+               float16 as int16, of E4M3 as uint8 (`scales` says which)
         whole  float32 [parts], what E4M3 scales are divided by
         zero   uint8 [N, G] of the matrix, or empty: then `middle` is every group's
-        sizes  (first row, rows of a part, scale rows of a part, block rows, block columns, middle)
+        sizes  (first row, the one after the last; rows of a part, of scales of a part, of a block;
+               columns of a block; middle)
 
     A group has 16 columns or more and begins and ends with a byte, the last one too. It runs
     without Python's lock.
@@ -167,6 +169,8 @@ def decoder(kind: str, bits: int, scales: str) -> Callable[..., None]:
                     factors[place] = stored[place]
                 elif scales == "uint16":
                     factors[place] = np.uint32(np.uint32(stored[place]) << 16).view(np.float32)
+                elif scales == "int16":
+                    factors[place] = half_value(np.uint16(stored[place]))
                 else:  # as `halves`; divided as runtime/packed.py does
                     top = np.int16(np.int8(stored[place])) << 7 & 0xBFFF
                     factors[place] = half_value(np.uint16(top)) * np.float32(256) / whole[part]

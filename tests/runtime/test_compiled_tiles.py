@@ -92,6 +92,18 @@ def test_which_formats_are_decoded(tiles: CompiledTiles) -> None:
     assert not tiles.supports(Storage(kind="plain", rows=4, columns=64))
 
 
+def test_tensors_that_were_moved(tiles: CompiledTiles) -> None:
+    """What is kept of a matrix is not read once its tensors are others."""
+    weights = random_weights(nvfp4(8, 64), 1)
+    written(tiles, weights, 0, slice(0, 8))
+    other = random_weights(nvfp4(8, 64), 1, seed=1)
+    kept = [weights.codes, weights.scale, weights.global_scale]  # so that none lies where one was
+    for name, tensor in other.named_parameters():
+        setattr(weights, name, tensor)
+    assert len(kept) == 3
+    assert torch.equal(written(tiles, weights, 0, slice(0, 8)), spelled_out(other, 0).to(BF16))
+
+
 def test_every_code_and_every_tie(tiles: CompiledTiles) -> None:
     """All bytes of FP8 and NVFP4 and of their scales; products halfway between two numbers."""
     every = torch.arange(256, dtype=torch.uint8)
