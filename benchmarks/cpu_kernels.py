@@ -41,7 +41,7 @@ def kernel_named(name: str) -> Kernel:
     if name == "passes":
         return TorchKernel()
     tiles = CompiledTiles(torch.device("cpu"), torch.bfloat16)
-    if not tiles.supports(storage("W4", 1, 64, 128)):
+    if not tiles.ready(storage("W4", 1, 64, 128)):
         raise SystemExit(f"compiled tiles: {tiles.missing}")
     return TorchKernel(tiles)
 

@@ -7,6 +7,8 @@ torch's own, so a packed model says the decoded model's words.
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -19,6 +21,7 @@ import torch
 from runtime.packed import PackedWeights
 from runtime.storage import Storage
 
+log = logging.getLogger("thresher.compiled_tiles")
 Arrays = tuple[np.ndarray[Any, Any], ...]  # codes, scales, global scales, zero points
 STEP = 16  # columns that are decoded together
 SPLIT = 1 << 16  # weights a thread: waking one for less costs more than it saves
@@ -34,8 +37,9 @@ SHOWN = {
 class CompiledTiles:
     """Decodes integers of 2 to 8 bits, with zero points or without, NVFP4 and FP8.
 
-    `missing` says why nothing is supported where that is so; numba is imported, and a format's
-    decoder compiled, when a storage is first asked for.
+    `missing` says why nothing is supported where that is so. numba (95 MB of memory, most of it
+    LLVM's code) is imported, and a format's decoder compiled, with the first product and not while
+    weights are loaded.
     """
 
     name = "torch, tiles compiled by numba"
@@ -53,26 +57,29 @@ class CompiledTiles:
             return False
         last = storage.columns - (storage.groups - 1) * storage.block[1]
         widths = (last,) if storage.groups == 1 else (last, storage.block[1])
-        if any(width < STEP or width * storage.bits % 8 for width in widths):
-            return False
+        return all(width >= STEP and width * storage.bits % 8 == 0 for width in widths)
+
+    def ready(self, storage: Storage) -> bool:
+        """Whether the decoder of weights so stored is compiled, now at the latest."""
         return self._decoder(storage) is not None
 
     def _decoder(self, storage: Storage) -> Callable[..., None] | None:
-        """The function for weights so stored; None, and `missing` set, where there is no numba."""
+        """The function for weights so stored; None, said once, where numba fails."""
         key = storage.kind, storage.bits, storage.scale_dtype
-        if key not in self.decoders:
+        if key not in self.decoders and self.missing is None:
             try:
                 from runtime.vector_code import FAILURES, decoder
             except ImportError as error:
                 self.missing = f"numba cannot be imported ({error})"
+                log.warning("%s: tiles are decoded by torch", self.missing)
                 return None
             name = str(SHOWN[storage.scale_dtype]).removeprefix("torch.")
             try:
                 self.decoders[key] = decoder(storage.kind, storage.bits, name)
             except FAILURES as error:
                 self.missing = f"numba cannot compile it ({str(error).splitlines()[0]})"
-                return None
-        return self.decoders[key]
+                log.warning("%s: tiles are decoded by torch", self.missing)
+        return self.decoders.get(key)
 
     def write(self, weights: PackedWeights, expert: int, start: int, out_RK: torch.Tensor) -> None:
         """Rows from `start` on of matrix `expert`."""
@@ -134,4 +141,4 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it makes bfloat16, not {str(dtype).removeprefix('torch.')}"
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return "the CPU has neither AVX2 nor AVX-512"
-    return None
+    return None if importlib.util.find_spec("numba") else "numba is not installed"

@@ -37,6 +37,10 @@ class CpuTiles:
             return unit is not None and storage.columns % unit == 0 and not storage.zero_points
         return storage.kind in ("nvfp4", "fp8")
 
+    def ready(self, storage: Storage) -> bool:
+        """There is nothing to get ready."""
+        return True
+
     def write(self, weights: PackedWeights, expert: int, start: int, out: torch.Tensor) -> None:
         """Rows from `start` on of matrix `expert` to out, bfloat16 [rows, K]."""
         rows = max(1, FLOATS // weights.storage.columns)

@@ -63,6 +63,10 @@ class Tiles(Protocol):
         """Whether rows so stored can be decoded."""
         ...
 
+    def ready(self, storage: Storage) -> bool:
+        """Whether they really can: asked before the first product, of what is supported."""
+        ...
+
     def write(self, weights: PackedWeights, expert: int, start: int, out_RK: torch.Tensor) -> None:
         """Rows from `start` on of matrix `expert`."""
         ...
@@ -92,11 +96,13 @@ class TorchKernel:
 
     def title(self, storage: Storage) -> str:
         """What decodes weights so stored on a CPU in bfloat16, for the log."""
-        tiles = self._tiles(storage)
-        return self.name if tiles is None else tiles.name
+        return next((tiles.name for tiles in self.tiles if tiles.supports(storage)), self.name)
 
     def _tiles(self, storage: Storage) -> Tiles | None:
-        return next((tiles for tiles in self.tiles if tiles.supports(storage)), None)
+        for tiles in self.tiles:
+            if tiles.supports(storage) and tiles.ready(storage):
+                return tiles
+        return None
 
     def _by_tiles(self, weights: PackedWeights, expert: int, x_MK: torch.Tensor) -> torch.Tensor:
         storage = weights.storage

@@ -19,7 +19,7 @@ from runtime.decode import decode_rows
 from runtime.kernel import TorchKernel
 from runtime.packed import PackedWeights
 from runtime.storage import Storage
-from tests.runtime.oracle import random_weights
+from tests.runtime.oracle import DEMO, random_weights
 from tests.runtime.test_kernel import STORAGES, fp8, integer, nvfp4, spelled_out
 
 vector_code = pytest.importorskip("runtime.vector_code", exc_type=ImportError)
@@ -43,9 +43,8 @@ def named(storage: Storage) -> str:
 @pytest.fixture(scope="module")
 def tiles() -> CompiledTiles:
     found = CompiledTiles(CPU, BF16)
-    found.supports(nvfp4(1, 16))
-    if found.missing is not None:
-        pytest.skip(found.missing)
+    if not found.ready(nvfp4(1, 16)):
+        pytest.skip(str(found.missing))
     return found
 
 
@@ -161,28 +160,48 @@ def test_products_are_torchs_own(
 
 
 def test_without_numba_torch_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same weights, and the log says why."""
-    monkeypatch.setitem(sys.modules, "runtime.vector_code", None)
-    choice = Choice("auto", CPU, BF16)
-    storage = integer(48, 128, 3, 64)
-    kernel = choice.kernel_for(storage)
-    choice.note(storage, kernel, 5)
+    """The log says why when a model is loaded."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    choice, storage = Choice("auto", CPU, BF16), integer(48, 128, 3, 64)
+    choice.note(storage, choice.kernel_for(storage), 5)
     first, second = choice.describe()
     assert first == "5 matrices in W3A16 (groups of 64): torch"
-    assert "numba cannot be imported" in second
-    weights = random_weights(storage, 1)
-    x = torch.randn(3, 128).to(BF16)
-    assert torch.equal(kernel.linear(weights, x), F.linear(x, spelled_out(weights, 0).to(BF16)))
+    assert "numba is not installed" in second
 
 
-def test_what_numba_cannot_compile_torch_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise vector_code.NumbaError("no such type\nand more")
+def refused(*_: object) -> None:
+    raise vector_code.NumbaError("no such type\nand more")
 
-    monkeypatch.setattr(vector_code, "decoder", refuse)
-    found = CompiledTiles(CPU, BF16)
-    assert not found.supports(nvfp4(4, 64))
-    assert found.missing == "numba cannot compile it (no such type)"
+
+@pytest.mark.parametrize("broken", ["import", "compile"])
+def test_what_numba_cannot_do_torch_does(
+    broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same weights, and it is said once."""
+    if broken == "import":
+        monkeypatch.setitem(sys.modules, "runtime.vector_code", None)
+    else:
+        monkeypatch.setattr(vector_code, "decoder", refused)
+    choice, storage = Choice("auto", CPU, BF16), integer(48, 128, 3, 64)
+    kernel = choice.kernel_for(storage)
+    choice.note(storage, kernel, 5)
+    assert next(iter(choice.describe())).endswith("torch, tiles compiled by numba")  # so far
+    weights, x = random_weights(storage, 1), torch.randn(3, 128).to(BF16)
+    for _ in range(2):
+        expected = F.linear(x, spelled_out(weights, 0).to(BF16))
+        assert torch.equal(kernel.linear(weights, x), expected)
+    assert len(caplog.records) == 1
+    assert f"numba cannot {'be imported' if broken == 'import' else 'compile'}" in caplog.text
+
+
+def test_loading_imports_no_numba() -> None:
+    """It would take more memory than a small model."""
+    code = (
+        "import sys; from runtime.load import load_model; load_model(sys.argv[1]);"
+        "sys.exit('numba' in sys.modules)"
+    )
+    environment = {"PYTHONPATH": ":".join(sys.path)}
+    subprocess.run([sys.executable, "-c", code, str(DEMO)], check=True, env=environment)
 
 
 @pytest.mark.parametrize(
