@@ -40,6 +40,7 @@ class Choice:
         self.torch = TorchKernel(self.compiled)
         self.kernels: list[Kernel] = []
         self.used: Counter[tuple[str, str]] = Counter()
+        self.has_tiles = False
         wanted = ("humming", "triton") if backend == "auto" else (backend,)
         for name in wanted:
             if name == "torch":
@@ -65,13 +66,14 @@ class Choice:
     def note(self, storage: Storage, kernel: Kernel, experts: int) -> None:
         """Keep count for the log."""
         name = self.torch.title(storage) if kernel is self.torch else kernel.name
+        self.has_tiles |= kernel is self.torch and storage.kind != "plain"
         self.used[storage.title, name] += experts
 
     def describe(self) -> Iterable[str]:
         """One line a format: how many matrices, and by which kernel."""
         for (title, kernel), count in sorted(self.used.items()):
             yield f"{count:,} matrices in {title}: {kernel}"
-        if self.device.type == "cpu" and self.compiled.missing and self.used:
+        if self.device.type == "cpu" and self.compiled.missing and self.has_tiles:
             yield f"tiles are not decoded by compiled code: {self.compiled.missing}"
 
 
