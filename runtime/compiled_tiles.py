@@ -1,8 +1,7 @@
 """Tiles of one matrix in bfloat16 on a CPU by machine code: `decode_rows`' values, in one pass.
 
-runtime/vector_code.py decodes; here are the tensors it is handed, the threads (numba's own pool
-would fight with torch's for the cores) and the reason where it cannot be had. Products stay
-torch's own, so a packed model says the decoded model's words.
+runtime/vector_code.py decodes; here are the tensors it is handed and the reason where it cannot be
+had. Products stay torch's own, so a packed model says the decoded model's words.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,7 +21,6 @@ from runtime.storage import Storage
 log = logging.getLogger("thresher.compiled_tiles")
 Arrays = tuple[np.ndarray[Any, Any], ...]  # codes, scales, global scales, zero points
 STEP = 16  # columns that are decoded together
-SPLIT = 1 << 16  # weights a thread: waking one for less costs more than it saves
 # types of scales, and as what numpy, which knows no bfloat16, is shown them
 SHOWN = {
     torch.float32: torch.float32,
@@ -49,7 +45,6 @@ class CompiledTiles:
         self.missing = why_not(device, dtype)
         self.decoders: dict[tuple[str, int, torch.dtype], Callable[..., None]] = {}
         self.arrays: WeakKeyDictionary[PackedWeights, tuple[int, Arrays]] = WeakKeyDictionary()
-        self.workers = Workers()
 
     def supports(self, storage: Storage) -> bool:
         """Groups of 16 columns or more that begin and end with a byte, the last one too."""
@@ -87,14 +82,12 @@ class CompiledTiles:
         decode = self._decoder(storage)
         assert decode is not None, self.missing
         codes, scale, whole, zero = (every[expert] for every in self._arrays(weights))
-        out = out_RK.view(torch.uint16).numpy()
-        fixed = storage.rows, storage.scale_rows, *storage.block, 1 << (storage.bits - 1)
-
-        def rows(first: int, last: int) -> None:
-            sizes = (start + first, start + last, *fixed)
-            decode(codes, scale, whole, zero, out[first:last], sizes)
-
-        self.workers.split(rows, out.shape[0], out.size)
+        sizes = (
+            *(start, start + out_RK.shape[0]),
+            *(storage.rows, storage.scale_rows, *storage.block),
+            1 << (storage.bits - 1),
+        )
+        decode(codes, scale, whole, zero, out_RK.view(torch.uint16).numpy(), sizes)
 
     def _arrays(self, weights: PackedWeights) -> Arrays:
         """The tensors as numpy sees them; kept, for making views takes as long as a small tile."""
@@ -112,25 +105,6 @@ class CompiledTiles:
         arrays = weights.codes.view(torch.uint8).numpy(), scale.numpy(), whole, zero
         self.arrays[weights] = address, arrays
         return arrays
-
-
-class Workers:
-    """Threads for what runs without Python's lock: as many as torch uses."""
-
-    def __init__(self) -> None:
-        self.pool: ThreadPoolExecutor | None = None
-
-    def split(self, work: Callable[[int, int], None], rows: int, weights: int) -> None:
-        """work(first, last) over all rows, on several threads where that pays."""
-        threads = min(torch.get_num_threads(), weights // SPLIT, rows)
-        if threads <= 1:
-            work(0, rows)
-            return
-        if self.pool is None:
-            self.pool = ThreadPoolExecutor(torch.get_num_threads(), "tiles")
-        edges = [rows * place // threads for place in range(threads + 1)]
-        for done in [self.pool.submit(work, *two) for two in pairwise(edges)]:
-            done.result()
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -20,9 +20,11 @@ from runtime.decode import decode_rows
 from runtime.packed import PackedWeights
 from runtime.scratch import Scratch
 from runtime.storage import Storage
+from runtime.workers import Workers
 
 TILE_CPU = 1 << 19  # weights decoded at a time: 1 MB of bfloat16, a core's second cache
 TILE_BF16 = 1 << 21  # where `Tiles` decode: oneDNN wants some hundred rows at once
+SPLIT = 1 << 18  # of those a thread: waking one for fewer costs more than it saves
 TILE_GPU = 1 << 26
 
 
@@ -80,6 +82,7 @@ class TorchKernel:
     def __init__(self, compiled: CompiledTiles | None = None) -> None:
         self.tiles: Sequence[Tiles] = [CpuTiles()] if compiled is None else [compiled, CpuTiles()]
         self.scratch = Scratch()
+        self.workers = Workers()
 
     def supports(self, storage: Storage) -> bool:
         """Everything."""
@@ -106,18 +109,26 @@ class TorchKernel:
 
     def _by_tiles(self, weights: PackedWeights, expert: int, x_MK: torch.Tensor) -> torch.Tensor:
         storage = weights.storage
+        height, columns = storage.height, storage.columns
         tiles = self._tiles(storage) if in_bf16(x_MK) else None
-        step = max(1, (tile_weights(x_MK) if tiles is None else TILE_BF16) // storage.columns)
-        which = torch.full((1,), expert, device=x_MK.device)
-        out_MN = x_MK.new_empty(x_MK.shape[0], storage.height)
-        for start in range(0, storage.height, step):
-            stop = min(start + step, storage.height)
-            if tiles is None:
+        step = max(1, (tile_weights(x_MK) if tiles is None else TILE_BF16) // columns)
+        out_MN = x_MK.new_empty(x_MK.shape[0], height)
+        if tiles is None:
+            which = torch.full((1,), expert, device=x_MK.device)
+            for start in range(0, height, step):
+                stop = min(start + step, height)
                 tile = decode_rows(weights, which, start, stop, x_MK.dtype)[0]
-            else:
-                tile = self.scratch.take("tile", (stop - start, storage.columns), x_MK.dtype)
+                out_MN[:, start:stop] = F.linear(x_MK, tile)
+            return out_MN
+
+        def rows(first: int, last: int) -> None:
+            for start in range(first, last, step):
+                stop = min(start + step, last)
+                tile = self.scratch.take("tile", (stop - start, columns), x_MK.dtype)
                 tiles.write(weights, expert, start, tile)
-            out_MN[:, start:stop] = F.linear(x_MK, tile)
+                out_MN[:, start:stop] = F.linear(x_MK, tile)
+
+        self.workers.run(rows, height, height * columns // SPLIT)
         return out_MN
 
     def grouped(

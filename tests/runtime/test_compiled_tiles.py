@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from runtime import compiled_tiles
 from runtime.choice import Choice
 from runtime.compiled_tiles import CompiledTiles
 from runtime.decode import decode_rows
@@ -124,13 +124,27 @@ def test_every_code_and_every_tie(tiles: CompiledTiles) -> None:
 
 
 @pytest.mark.usefixtures("three_threads")
-def test_threads_share_a_tile(tiles: CompiledTiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled_tiles, "SPLIT", 1)
-    weights = random_weights(nvfp4(25, 96).joined(2), 2)
-    expected = spelled_out(weights, 1).to(BF16)
-    for rows in (slice(0, 50), slice(1, 3), slice(24, 31)):
-        assert torch.equal(written(tiles, weights, 1, rows), expected[rows])
-    assert tiles.workers.pool is not None
+@pytest.mark.parametrize("inference", [False, True])
+def test_threads_share_a_matrix(
+    tiles: CompiledTiles, inference: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has tiles of its own; torch's threads are as many as before, also in new ones."""
+    monkeypatch.setattr("runtime.kernel.SPLIT", 1)
+    monkeypatch.setattr("runtime.kernel.TILE_BF16", 600)
+    kernel, weights = TorchKernel(tiles), random_weights(nvfp4(25, 96).joined(2), 1)
+    exact = spelled_out(weights, 0).to(BF16).double()
+    with torch.inference_mode(inference):
+        for tokens in (1, 5):
+            x = torch.randn(tokens, 96).to(BF16)
+            found = kernel.linear(weights, x).double()
+            torch.testing.assert_close(found, x.double() @ exact.T, rtol=2**-8, atol=1e-5)
+    assert kernel.workers.count == 3
+    assert torch.get_num_threads() == 3
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 3
+    torch.set_num_threads(2)
+    assert kernel.linear(weights, x).shape == (5, 50)
+    assert kernel.workers.count == 2
 
 
 @pytest.mark.parametrize("storage", [integer(48, 128, 3, 64), fp8(72, 96, (32, 32))], ids=named)
