@@ -2,8 +2,8 @@
 
 Decoding with one pool of threads and multiplying with torch's costs more than it saves: torch's
 threads spin for about a millisecond after each product, on the cores that the decoders want
-(measured on two cores, others at work: no faster than one thread). So a worker does both, and torch uses one thread
-inside it.
+(measured on two cores, others at work: no faster than one thread). So a worker does both, and
+torch uses one thread inside it.
 """
 
 from __future__ import annotations
