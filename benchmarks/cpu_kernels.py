@@ -1,35 +1,54 @@
-"""Packed weights on a CPU beside bfloat16: time of one Linear.
+"""Packed weights on a CPU beside bfloat16: one Linear, and routed experts.
 
     python -m benchmarks.cpu_kernels [--threads 1] [--repeats 5] [--rows 2048] [--columns 7168]
+        [--experts 0] [--formats W3 ...] [--kernels compiled passes int4] [--tokens 1 8 64 512]
 
 The largest of DeepSeek-V3.2's expert matrices for 1, 8, 64 and 512 tokens: oneDNN's own bfloat16
-product, the kernel that decodes tiles (runtime/kernel.py) and runtime/int4.py. Each goes
-through several matrices in turn, so that no cache holds them; the kernels take turns too, so that
-other load on the machine falls on all; printed are medians and their ratio to bfloat16.
+product beside the default (tiles decoded by runtime/compiled_tiles.py), the same where numba is
+missing (runtime/cpu_tiles.py) and `--backend int4`. With --experts E there are E such matrices and
+every token goes to two of them; bfloat16 is then torch's grouped product.
+
+Each goes through several matrices in turn, so that no cache holds them; the kernels take turns
+too. Printed is the fastest of all runs, for other load on the machine only adds, and its ratio to
+bfloat16's; "error" is one token's, relative to float64 with the weights in float32.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.expert_kernels import storage
+from runtime.compiled_tiles import CompiledTiles
 from runtime.int4 import Int4Kernel
-from runtime.kernel import TorchKernel
+from runtime.kernel import Kernel, TorchKernel
 from runtime.packed import PackedWeights
 
-COPIES = 6
-TOKENS = (1, 8, 64, 512)
-FORMATS = ("W3", "W4", "NVFP4", "FP8")
+COPIES = {1: 6, 8: 6, 64: 2}  # matrices that take turns, by tokens; one of more tokens
+TOP_K = 2
+FORMATS = ("W3", "W4", "W8", "NVFP4", "FP8")
+Product = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]  # copy, inputs, expert ends
 
 
-def random_weights(name: str, rows: int, columns: int) -> PackedWeights:
-    """One matrix of random codes and scales."""
-    weights = PackedWeights(storage(name, 1, rows, columns), 1)
+def kernel_named(name: str) -> Kernel:
+    """What a word of --kernels means."""
+    if name == "int4":
+        return Int4Kernel()
+    if name == "passes":
+        return TorchKernel()
+    tiles = CompiledTiles(torch.device("cpu"), torch.bfloat16)
+    if not tiles.ready(storage("W4", 1, 64, 128)):
+        raise SystemExit(f"compiled tiles: {tiles.missing}")
+    return TorchKernel(tiles)
+
+
+def random_weights(name: str, experts: int, rows: int, columns: int) -> PackedWeights:
+    """Matrices of random codes and scales."""
+    weights = PackedWeights(storage(name, 1, rows, columns), experts)
     weights.allocate(torch.device("cpu"))
     if name == "FP8":
         weights.codes.copy_(torch.randn(weights.codes.shape))
@@ -42,6 +61,68 @@ def random_weights(name: str, rows: int, columns: int) -> PackedWeights:
     return weights
 
 
+def plain_product(experts: int, copies: int, rows: int, columns: int) -> Product:
+    """bfloat16's."""
+    held = [torch.randn(max(1, experts), rows, columns).bfloat16() for _ in range(copies)]
+    if experts:
+        return lambda copy, x, ends: F.grouped_mm(
+            x, held[copy].transpose(1, 2), offs=ends.to(torch.int32)
+        )
+    return lambda copy, x, _: F.linear(x, held[copy][0])
+
+
+def packed_product(
+    name: str, kernel: Kernel, experts: int, copies: int, rows: int, columns: int
+) -> tuple[Product, float]:
+    """A kernel's, and its error with one token."""
+    held = [random_weights(name, max(1, experts), rows, columns) for _ in range(copies)]
+    one = torch.randn(1, columns).bfloat16()
+    exact = one.double() @ TorchKernel().decode(held[0], 0, torch.float32).double().T
+    for weights in held:
+        kernel.prepare(weights)
+    if experts:
+        ends = torch.ones(experts, dtype=torch.long)
+        found = kernel.grouped(held[0], one, ends)
+    else:
+        found = kernel.linear(held[0], one)
+    error = float((found - exact).norm() / exact.norm())
+    if experts:
+        return lambda copy, x, ends: kernel.grouped(held[copy], x, ends), error
+    return lambda copy, x, _: kernel.linear(held[copy], x), error
+
+
+def inputs(tokens: int, experts: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random inputs, each token to TOP_K experts where there are any, and where experts end."""
+    if not experts:
+        return torch.randn(tokens, columns).bfloat16(), torch.tensor([tokens])
+    chosen = torch.stack([torch.randperm(experts)[:TOP_K] for _ in range(tokens)])
+    ends = torch.bincount(chosen.flatten(), minlength=experts).cumsum(0)
+    return torch.randn(tokens * TOP_K, columns).bfloat16(), ends
+
+
+def fastest(
+    products: dict[tuple[str, str], Product],
+    tokens: list[int],
+    repeats: int,
+    options: tuple[int, int],
+) -> dict[tuple[str, str, int], float]:
+    """Seconds by format, kernel and tokens. `options`: experts and columns."""
+    experts, columns = options
+    best: dict[tuple[str, str, int], float] = {}
+    with torch.inference_mode():
+        for repeat in range(repeats + 1):
+            for count in tokens:
+                x, ends = inputs(count, experts, columns)
+                for copy in range(1 if experts else COPIES.get(count, 1)):
+                    for key, product in products.items():
+                        began = time.perf_counter()
+                        product(copy, x, ends)
+                        took = time.perf_counter() - began
+                        if repeat:  # the first is for warming up
+                            best[*key, count] = min(took, best.get((*key, count), took))
+    return best
+
+
 def main() -> None:
     """Print one row a format and kernel."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -49,50 +130,34 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--columns", type=int, default=7168)
+    parser.add_argument("--experts", type=int, default=0)
+    parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS)
+    kernels = ("compiled", "passes", "int4")
+    parser.add_argument("--kernels", nargs="+", default=kernels, choices=kernels)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 512])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows, columns = options.rows, options.columns
-    plain = [torch.randn(rows, columns).bfloat16() for _ in range(COPIES)]
-    kernels = {"torch": TorchKernel(), "int4": Int4Kernel()}
-    held: dict[tuple[str, str], list[PackedWeights]] = {}
+    rows, columns, experts = options.rows, options.columns, options.experts
+    copies = 1 if experts else max(COPIES.get(count, 1) for count in options.tokens)
+    products = {("bf16", ""): plain_product(experts, copies, rows, columns)}
     errors = {("bf16", ""): ""}
-    one = torch.randn(1, columns).bfloat16()
-    for kernel_name, kernel in kernels.items():
-        for name in FORMATS:
-            if not kernel.supports(storage(name, 1, rows, columns)):
-                continue
-            all_of_it = [random_weights(name, rows, columns) for _ in range(COPIES)]
-            exact = one.double() @ TorchKernel().decode(all_of_it[0], 0, torch.float32).double().T
-            for weights in all_of_it:
-                kernel.prepare(weights)
-            error = (kernel.linear(all_of_it[0], one) - exact).norm() / exact.norm()
-            errors[name, kernel_name] = f"{error:.4f}"
-            held[name, kernel_name] = all_of_it
-    times: dict[tuple[str, str, int], list[float]] = {}
-    with torch.inference_mode():
-        for repeat in range(options.repeats + 1):
-            for tokens in TOKENS:
-                x = torch.randn(tokens, columns).bfloat16()
-                for copy in range(COPIES):
-                    began = time.perf_counter()
-                    F.linear(x, plain[copy])
-                    took = [(("bf16", "", tokens), time.perf_counter() - began)]
-                    for (name, kernel_name), all_of_it in held.items():
-                        began = time.perf_counter()
-                        kernels[kernel_name].linear(all_of_it[copy], x)
-                        took.append(((name, kernel_name, tokens), time.perf_counter() - began))
-                    if repeat:  # the first is for warming up
-                        for key, seconds in took:
-                            times.setdefault(key, []).append(seconds)
-    print(f"{rows}x{columns}, {options.threads} threads, ms (times bf16)")
-    print(f"{'':14}" + "".join(f"{f'{tokens} tokens':>18}" for tokens in TOKENS) + f"{'error':>9}")
-    for name, kernel_name in (("bf16", ""), *held):
+    for kernel_name in options.kernels:
+        kernel = kernel_named(kernel_name)
+        for name in options.formats:
+            if kernel.supports(storage(name, 1, rows, columns)):
+                product, error = packed_product(name, kernel, experts, copies, rows, columns)
+                products[name, kernel_name] = product
+                errors[name, kernel_name] = f"{error:.4f}"
+    best = fastest(products, options.tokens, options.repeats, (experts, columns))
+    where = f"{experts} experts of " if experts else ""
+    print(f"{where}{rows}x{columns}, {options.threads} threads, ms (times bf16)")
+    print(" " * 16 + "".join(f"{f'{count} tokens':>18}" for count in options.tokens) + "    error")
+    for name, kernel_name in products:
         cells = ""
-        for tokens in TOKENS:
-            own = statistics.median(times[name, kernel_name, tokens])
-            base = statistics.median(times["bf16", "", tokens])
+        for count in options.tokens:
+            own, base = best[name, kernel_name, count], best["bf16", "", count]
             cells += f"{f'{own * 1e3:.2f} ({own / base:.2f})':>18}"
-        print(f"{name:7}{kernel_name:7}{cells}{errors[name, kernel_name]:>9}")
+        print(f"{name:7}{kernel_name:9}{cells}{errors[name, kernel_name]:>9}", flush=True)
 
 
 if __name__ == "__main__":

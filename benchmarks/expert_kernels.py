@@ -50,7 +50,7 @@ DEVICE = torch.device("cuda")
 def storage(name: str, parts: int, rows: int, columns: int) -> Storage:
     """The layouts that are timed."""
     common: dict[str, Any] = {"rows": rows, "columns": columns, "parts": parts}
-    if name in ("W3", "W4"):
+    if name in ("W3", "W4", "W8"):
         return Storage(
             kind="int", bits=int(name[1]), block=(1, 128), code_dtype=torch.int32,
             scale_dtype=BF16, **common,

@@ -1,12 +1,15 @@
 """Peak resident memory while a packed checkpoint is loaded on a CPU.
 
-The bundled model, and a synthetic W3A16 checkpoint of 2 GB (24 layers of 64 experts, bfloat16
-embedding and head), each loaded in processes of their own. Counted is the growth of the peak over
-what the process has after its imports; to be compared with the checkpoint plus one layer.
+The bundled model, and a synthetic W3A16 checkpoint of 2 GB (22 layers of 64 experts, bfloat16
+embedding and head), each loaded in processes of their own, and the growth of the peak resident size
+compared with the checkpoint plus one layer. It is counted from two beginnings:
 
-transformers imports the model's code when it builds it, and modules and their tables take some
-memory whatever the weights. So the model is also built without its weights, in a process that then
-loads it: what the first costs is printed, and the growth over it.
+    after the imports of runtime.load   what a program sees. transformers imports the family's code
+                                        when it builds the model, and the first use of torch's
+                                        functions brings their code into memory, as pages of its
+                                        files (which the system can drop, and all processes share)
+    with the libraries in use           the family's code imported and a model of it, without
+                                        weights, built and dropped: what is left is the loading's
 
     python benchmarks/load_memory.py [--folder DIR]
 
@@ -44,27 +47,27 @@ CONFIG = {
 }  # fmt: skip
 
 LOAD = """
-import sys
+import gc, sys
 from pathlib import Path
 import torch
+from models.memory import release_freed_memory
 from models.opening import open_model
 from models.skeleton import Skeleton
 from runtime.load import load_model
-def peak():
+def resident(field):
     text = Path("/proc/self/status").read_text()
-    return int(text.split("VmHWM:")[1].split()[0]) * 1024
-def start():
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins at what is resident now
-    return peak()
+    return int(text.split(field + ":")[1].split()[0]) * 1024
 torch.set_num_threads(1)
-before = start()
-if sys.argv[2] == "built":
+if sys.argv[2] == "in use":
     source = open_model(sys.argv[1]).source
-    built = Skeleton(source, dtype=torch.bfloat16, device=torch.device("cpu"), attention=None)
-first = peak() - before
-before = start()
+    Skeleton(source, dtype=torch.bfloat16, device=torch.device("cpu"), attention=None)
+    del source
+    gc.collect()
+    release_freed_memory()
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins at what is resident now
+peak, files = resident("VmHWM"), resident("RssFile")
 loaded = load_model(sys.argv[1])
-print(peak() - before, first, loaded.nbytes)
+print(resident("VmHWM") - peak, resident("RssFile") - files, loaded.nbytes)
 """
 
 
@@ -168,16 +171,17 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         for name, path in (("demo", DEMO), ("W3A16", write_synthetic(Path(temporary) / "w3"))):
-            peak, _, held = measured(path, "fresh")
-            above, built, _ = measured(path, "built")
+            peak, files, held = measured(path, "imported")
+            own, _, _ = measured(path, "in use")
             size = sum(info.nbytes for info in Checkpoint.open(path).tensors.values())
             layer = largest_layer(path)
             print(
-                f"{name}: checkpoint {size / 1e6:,.1f} MB, largest layer {layer / 1e6:,.1f} MB; "
-                f"held {held / 1e6:,.1f} MB, peak {peak / 1e6:,.1f} MB = "
-                f"{peak / (size + layer):.3f} of checkpoint plus layer; built without weights "
-                f"{built / 1e6:,.1f} MB, growth over that {above / 1e6:,.1f} MB = "
-                f"{above / (held + layer):.3f} of what is held plus layer"
+                f"{name}: checkpoint {size / 1e6:,.1f} MB, held {held / 1e6:,.1f} MB, largest "
+                f"layer {layer / 1e6:,.1f} MB\n"
+                f"  after the imports: {peak / 1e6:,.1f} MB, {files / 1e6:,.1f} of it pages of "
+                f"libraries' files; {peak / (size + layer):.3f} of checkpoint plus layer\n"
+                f"  with the libraries in use: {own / 1e6:,.1f} MB; {own / (size + layer):.3f} of "
+                f"checkpoint plus layer, {own / (held + layer):.3f} of what is held plus layer"
             )
 
 

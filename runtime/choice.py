@@ -2,6 +2,7 @@
 
     auto      on a CUDA device Humming where it is installed and supports card and format, else
               our Triton kernels where Triton is there and supports the format, else torch
+              (on a CPU with its tiles decoded by runtime/compiled_tiles.py where that can)
     humming, triton, torch
               that one; formats it does not support are an error, so nothing is silently slow
     int4      runtime/int4.py on a CPU, for the matrices that fit its blocks; torch for the others
@@ -19,6 +20,7 @@ from typing import Literal, get_args
 import torch
 
 from models.errors import InputError
+from runtime.compiled_tiles import CompiledTiles
 from runtime.int4 import Int4Kernel
 from runtime.kernel import Kernel, TorchKernel
 from runtime.nibbles import row_order
@@ -33,10 +35,12 @@ class Choice:
 
     def __init__(self, backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
         """`dtype` is the compute type. InputError for a backend that cannot run here."""
-        self.backend = backend
-        self.torch = TorchKernel()
+        self.backend, self.device = backend, device
+        self.compiled = CompiledTiles(device, dtype)
+        self.torch = TorchKernel(self.compiled)
         self.kernels: list[Kernel] = []
         self.used: Counter[tuple[str, str]] = Counter()
+        self.has_tiles = False
         wanted = ("humming", "triton") if backend == "auto" else (backend,)
         for name in wanted:
             if name == "torch":
@@ -61,12 +65,16 @@ class Choice:
 
     def note(self, storage: Storage, kernel: Kernel, experts: int) -> None:
         """Keep count for the log."""
-        self.used[storage.title, kernel.name] += experts
+        name = self.torch.title(storage) if kernel is self.torch else kernel.name
+        self.has_tiles |= kernel is self.torch and storage.kind != "plain"
+        self.used[storage.title, name] += experts
 
     def describe(self) -> Iterable[str]:
         """One line a format: how many matrices, and by which kernel."""
         for (title, kernel), count in sorted(self.used.items()):
             yield f"{count:,} matrices in {title}: {kernel}"
+        if self.device.type == "cpu" and self.compiled.missing and self.has_tiles:
+            yield f"tiles are not decoded by compiled code: {self.compiled.missing}"
 
 
 def _missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -23,6 +23,8 @@ FLIP, HIGH = -0x77777778, -0x0F0F0F10  # 0x88888888 and 0xF0F0F0F0 as int32
 class CpuTiles:
     """Decoders of symmetric 3 and 4 bits, NVFP4 and FP8."""
 
+    name = "torch"
+
     def __init__(self) -> None:
         self.scratch = Scratch()
 
@@ -35,15 +37,16 @@ class CpuTiles:
             return unit is not None and storage.columns % unit == 0 and not storage.zero_points
         return storage.kind in ("nvfp4", "fp8")
 
-    def rows(self, weights: PackedWeights, expert: int, start: int, stop: int) -> torch.Tensor:
-        """Rows start..stop of matrix `expert`, bfloat16 [rows, K]; overwritten by the next call."""
-        columns = weights.storage.columns
-        tile = self.scratch.take("tile", (stop - start, columns), torch.bfloat16)
-        step = max(1, FLOATS // columns)
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            tile[first - start : last - start] = self._floats(weights, expert, first, last)
-        return tile
+    def ready(self, storage: Storage) -> bool:
+        """There is nothing to get ready."""
+        return True
+
+    def write(self, weights: PackedWeights, expert: int, start: int, out: torch.Tensor) -> None:
+        """Rows from `start` on of matrix `expert` to out, bfloat16 [rows, K]."""
+        rows = max(1, FLOATS // weights.storage.columns)
+        for first in range(0, out.shape[0], rows):
+            some = out[first : first + rows]
+            some.copy_(self._floats(weights, expert, start + first, start + first + len(some)))
 
     def _floats(self, weights: PackedWeights, expert: int, start: int, stop: int) -> torch.Tensor:
         """The same rows in float32, not yet rounded."""
@@ -63,11 +66,11 @@ class CpuTiles:
             table = code_table(3, 12, 4, torch.int8, codes.device)
             narrow = self._looked_up(twelve_bits(codes), table)
         values = self.scratch.take("values", size, torch.float32).copy_(narrow.view(size))
-        scale = self._scales(weights, expert, start, stop) * unit
+        scale = self.scales(weights, expert, start, stop) * unit
         values.view(size[0], storage.groups, -1).mul_(scale.unsqueeze(2))
         return values
 
-    def _scales(self, weights: PackedWeights, expert: int, start: int, stop: int) -> torch.Tensor:
+    def scales(self, weights: PackedWeights, expert: int, start: int, stop: int) -> torch.Tensor:
         """Scales of the rows, float32 [rows, groups]; torch converts E4M3 one by one."""
         storage = weights.storage
         if storage.block[0] != 1:

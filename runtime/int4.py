@@ -18,7 +18,6 @@ from runtime import nibbles
 from runtime.decode import code_table, e2m1_table, raw_codes
 from runtime.kernel import TILE_CPU, TorchKernel
 from runtime.packed import PackedWeights
-from runtime.scratch import Scratch
 from runtime.storage import Storage
 
 NAME = "int4"
@@ -30,10 +29,6 @@ class Int4Kernel(TorchKernel):
     """3 and 4 bits and NVFP4, for inputs in bfloat16."""
 
     name = NAME
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scratch = Scratch()
 
     def supports(self, storage: Storage) -> bool:
         """What runtime/nibbles.py can keep."""

@@ -41,6 +41,8 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "lm_eval": ("evals/lm_harness.py",),
     "matplotlib": ("evals/pictures.py",),
     "accelerate": ("runtime/placement.py",),
+    "numba": ("runtime/vector_code.py",),
+    "llvmlite": ("runtime/vector_code.py",),
     "vllm": (),
 }
 

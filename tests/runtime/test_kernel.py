@@ -103,7 +103,9 @@ def test_tiles_of_a_cpu_are_the_same_weights(storage: Storage) -> None:
         pytest.skip("decoded the long way")
     expected = spelled_out(weights, 2).to(BF16)
     for rows in (slice(0, 1), slice(3, storage.rows + 5), slice(0, 2 * storage.rows)):
-        assert torch.equal(tiles.rows(weights, 2, rows.start, rows.stop), expected[rows])
+        found = torch.empty_like(expected[rows])
+        tiles.write(weights, 2, rows.start, found)
+        assert torch.equal(found, expected[rows])
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=lambda s: f"{s.title}-{s.rows}x{s.columns}")
