@@ -10,6 +10,7 @@ import torch
 
 from models.errors import InputError
 from runtime import choice
+from runtime.compiled_tiles import CompiledTiles
 from runtime.kernel import TorchKernel
 from runtime.kernel_check import KernelCheck, excerpt
 from runtime.load import load_model
@@ -25,8 +26,8 @@ class Checked(TorchKernel):
 
     name = "checked"
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *tiles: CompiledTiles) -> None:
+        super().__init__(*tiles)
         self.device = CPU
         self.asked: list[int] = []
 
