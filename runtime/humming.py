@@ -186,7 +186,7 @@ class HummingKernel(TritonKernel):
             padded = torch.full((1,), pairs * tokens, dtype=torch.int32, device=ids_TK.device)
             self.alone[key] = slots.flatten(), padded
         slots, padded = self.alone[key]
-        return Plan(2, slots, ids_TK.flatten().to(torch.int32), padded, pairs, tile)
+        return Plan(2, slots, ids_TK.flatten().int().contiguous(), padded, pairs, tile)
 
     def product(
         self,

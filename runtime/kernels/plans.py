@@ -42,7 +42,7 @@ def by_expert(ids_TK: torch.Tensor, num_experts: int, tile: Tile) -> Plan:
     )
     chunk = min(1024, max(16, triton.next_power_of_2(pairs)))
     routed.place_pairs[(num_experts,)](
-        ids_TK.flatten(),
+        ids_TK.contiguous(),
         slots,
         expert,
         padded,

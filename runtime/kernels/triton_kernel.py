@@ -134,7 +134,7 @@ class TritonKernel:
         pairs = ids_TK.numel()
         if ids_TK.shape[0] == 1:
             tile = self.tile(weights, 1)
-            return Plan(1, self.nothing, ids_TK.flatten(), self.nothing, pairs, tile)
+            return Plan(1, self.nothing, ids_TK.contiguous(), self.nothing, pairs, tile)
         return by_expert(ids_TK, weights.experts, self.tile(weights, pairs))
 
     def tile(self, weights: PackedWeights, pairs: int) -> Tile:

@@ -237,6 +237,27 @@ def test_blocks_grow_with_the_average(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [tile_of(average) for average in (4, 17)] == [tiles.FEW, tiles.MANY]
 
 
+@pytest.mark.parametrize(("tokens", "top_k"), [(1, 2), (5, 2), (40, 1)])
+def test_a_whole_layer(tokens: int, top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up and down of different formats, whose blocks differ once they are a warpgroup's.
+
+    The ids of one expert a token are every second of a tensor.
+    """
+    monkeypatch.setattr(tiles, "is_hopper", lambda _: True)
+    up, up_ENK = on_device(integer(128, 128, 4, 128).joined(2), 2)
+    down, down_ENK = on_device(fp8(40, 128, (1, 128)), 2)
+    layer = types.SimpleNamespace(up=up, down=down, num_experts=2, swiglu=True)
+    x = torch.randn(tokens, 128, device=DEVICE).to(BF16)
+    ids = torch.rand(tokens, 2, device=DEVICE).argsort(1)[:, :top_k]
+    weights = torch.rand(tokens, top_k, device=DEVICE)
+    kernel = TritonKernel(DEVICE)
+    found = kernel.experts(layer, x, ids, weights)
+    gate, other = torch.einsum("tk,tcnk->tcn", x.double(), up_ENK[ids]).chunk(2, -1)
+    active = torch.nn.functional.silu(gate) * other
+    wanted = torch.einsum("tcf,tcnf,tc->tn", active, down_ENK[ids], weights.double())
+    assert (found.double() - wanted).norm() < 0.02 * wanted.norm()
+
+
 def test_activation_in_the_wide_order() -> None:
     kernel, layer = TritonKernel(DEVICE), types.SimpleNamespace(swiglu=True)
     up = torch.randn(3, 2 * 256, device=DEVICE).to(BF16)
