@@ -112,17 +112,24 @@ def error(
 
 
 def descend(
-    fed: FedTokens, aim: Aim, start: Matrices, activate: Activate, *, with_down: bool
+    fed: FedTokens,
+    aim: Aim,
+    start: Matrices,
+    unseen: Matrices,
+    activate: Activate,
+    *,
+    with_down: bool,
 ) -> Descent:
     """Gate and up (and down, `with_down`) moved from `start`, where that helps on held-out tokens.
 
-    Experts without tokens stay as they are.
+    `unseen` is `start` as it would be without the held-out tokens: a start that was fitted on
+    them would win on them. Experts without tokens stay as they are.
     """
     held_T, every_T = aim.held_out_T, torch.ones_like(aim.held_out_T)
     if not held_T.any() or held_T.all():
         return Descent(start, False)
-    found = moved(fed, aim, ~held_T, start, activate, with_down=with_down)
-    if error(fed, aim, held_T, found, activate) >= error(fed, aim, held_T, start, activate):
+    found = moved(fed, aim, ~held_T, unseen, activate, with_down=with_down)
+    if error(fed, aim, held_T, found, activate) >= error(fed, aim, held_T, unseen, activate):
         return Descent(start, False)
     return Descent(moved(fed, aim, every_T, start, activate, with_down=with_down), True)
 

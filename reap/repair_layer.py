@@ -24,6 +24,7 @@ from reap.repair_fit import (
     RepairKind,
     RoutedInputs,
     correct,
+    fit,
     weighted_square,
 )
 from reap.stored_experts import StoredMatrices, up_roles
@@ -113,8 +114,11 @@ class LayerRepair:
         before = outputs_of_all(fed, Matrices(list(old_EGD), list(old_EDF)), activate)
         aim = Aim(tokens.lacking_TD + before, tokens.weight_T, tokens.held_out_T)
         start = Matrices(list(old_EGD), list(correction.down_EDF))
+        fitting = tokens.only(~tokens.held_out_T)
+        unseen_EDF, _ = fit(fitting, old_EDF, self.kinds, correction.ridge)
+        unseen = Matrices(list(old_EGD), list(unseen_EDF))
         with_down = "down" in self.kinds
-        descent = descend(fed, aim, start, activate, with_down=with_down)
+        descent = descend(fed, aim, start, unseen, activate, with_down=with_down)
         lacking_TD = aim.wanted_TD - outputs_of_all(fed, descent.matrices, activate)
         left = weighted_square(tokens.weight_T, lacking_TD)
         whole = weighted_square(tokens.weight_T, tokens.lacking_TD)
