@@ -157,7 +157,8 @@ def moved(
         kinds = [found.up, found.down] if with_down else [found.up]
         rates = [RATE * root_mean_square(kind) for kind in kinds]
         optimizer = torch.optim.Adam([{"params": list(kind)} for kind in kinds], betas=(0.9, 0.95))
-        scale = 1 / float((aim.weight_T * aim.wanted_TD.square().sum(1)).mean().clamp_min(1e-30))
+        square_R = aim.weight_T[row_R] * aim.wanted_TD[row_R].square().sum(1)
+        scale = 1 / float(square_R.mean().clamp_min(1e-30))
         for step in range(steps):
             share = (1 - step / steps) * min(1, (step + 1) / WARM_STEPS)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
