@@ -7,7 +7,7 @@ they give and a_t = 1 / |h_t|^2 the weight of the token's error (reap/damage.py)
     minimise  sum_t a_t |r_t - y_t|^2        over gate and up, and down where it is corrected too
 
 by Adam in float32 over random tokens, from where the closed forms ended; no layer but this one is
-in memory. Every token keeps the experts and weights that the model's own router gave it. A step
+in memory. The number of steps is fixed, so what it costs does not grow with the calibration. Every token keeps the experts and weights that the model's own router gave it. A step
 moves a weight by a share of the root mean square of its kind in the layer, since bfloat16 and FP8
 resolve shares too. Whether it helps is found on the quarter of the samples that chooses the ridge,
 held out of a first descent; the second is made on all tokens.
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 
 RATE = 0.02  # the largest step, of the root mean square of the matrices of a kind
-PASSES = 8  # over the tokens, all in all
+STEPS = 100
 STEP_TOKENS = 2048  # at most, and at most an eighth of all
 WARM_STEPS = 10
 
@@ -146,7 +146,6 @@ def moved(
     """`start` after the descent on the tokens that are True in `chosen_T`."""
     row_R = chosen_T.nonzero().flatten()
     size = min(STEP_TOKENS, -(-len(row_R) // 8))
-    steps = PASSES * len(row_R) // size
     draw = torch.Generator().manual_seed(0)
     # the caller may infer; what takes part in a gradient must not have been made so
     with torch.inference_mode(False), torch.enable_grad():
@@ -159,8 +158,8 @@ def moved(
         optimizer = torch.optim.Adam([{"params": list(kind)} for kind in kinds], betas=(0.9, 0.95))
         square_R = aim.weight_T[row_R] * aim.wanted_TD[row_R].square().sum(1)
         scale = 1 / float(square_R.mean().clamp_min(1e-30))
-        for step in range(steps):
-            share = (1 - step / steps) * min(1, (step + 1) / WARM_STEPS)
+        for step in range(STEPS):
+            share = (1 - step / STEPS) * min(1, (step + 1) / WARM_STEPS)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = share * rate
             drawn_B = torch.randint(len(row_R), (size,), generator=draw)
