@@ -7,10 +7,11 @@ they give and a_t = 1 / |h_t|^2 the weight of the token's error (reap/damage.py)
     minimise  sum_t a_t |r_t - y_t|^2        over gate and up, and down where it is corrected too
 
 by Adam in float32 over random tokens, from where the closed forms ended; no layer but this one is
-in memory. The number of steps is fixed, so what it costs does not grow with the calibration. Every token keeps the experts and weights that the model's own router gave it. A step
-moves a weight by a share of the root mean square of its kind in the layer, since bfloat16 and FP8
-resolve shares too. Whether it helps is found on the quarter of the samples that chooses the ridge,
-held out of a first descent; the second is made on all tokens.
+in memory. The number of steps is fixed, so what it costs does not grow with the calibration, which
+may well be more than what was scored. Every token keeps the experts and weights that the model's
+own router gave it. A step moves a weight by a share of the root mean square of its kind in the
+layer, since bfloat16 and FP8 resolve shares too. Whether it helps is found on the quarter of the
+samples that chooses the ridge, held out of a first descent; the second is made on all tokens.
 
 Refused: moving the router in the same descent. It takes a hundredth of the layer's error beside
 gate and up (docs/log.md), and routing that changes with every step is no longer the model's own.
@@ -128,8 +129,11 @@ def descend(
     held_T, every_T = aim.held_out_T, torch.ones_like(aim.held_out_T)
     if not held_T.any() or held_T.all():
         return Descent(start, False)
-    found = moved(fed, aim, ~held_T, unseen, activate, with_down=with_down)
-    if error(fed, aim, held_T, found, activate) >= error(fed, aim, held_T, unseen, activate):
+    before = error(fed, aim, held_T, unseen, activate)
+    after = error(
+        fed, aim, held_T, moved(fed, aim, ~held_T, unseen, activate, with_down=with_down), activate
+    )
+    if after >= before:
         return Descent(start, False)
     return Descent(moved(fed, aim, every_T, start, activate, with_down=with_down), True)
 
