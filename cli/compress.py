@@ -160,7 +160,7 @@ def compress(
     if not processes.is_first:
         return
     with stdout_kept(), shown(quiet) as progress:
-        report = verify_checkpoint(out, progress=progress)
+        report = verify_checkpoint(out, progress=progress, device=device)
         facts = {"out": str(out), "keep": keep, **summary(manifest), "verified": report.ok}
         if "budget" in inputs:
             facts["budget"] = inputs["budget"]

@@ -174,7 +174,7 @@ def quantize(
         with stdout_kept(), shown(quiet) as progress:
             # AWQ moves factors between norms and matrices: no tensor is to be the source's
             source = None if method == "awq" else model
-            report = verify_checkpoint(out, source, progress=progress)
+            report = verify_checkpoint(out, source, progress=progress, device=device)
             facts |= {**summary(manifest), "verified": report.ok}
     click.echo(json.dumps(facts) if as_json else "\n".join(lines(facts)))
     if not dry_run:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.options import json_option, quiet_option, stdout_kept
+from cli.options import Device, json_option, quiet_option, stdout_kept
 from cli.progress import shown
 
 if TYPE_CHECKING:
@@ -29,9 +29,23 @@ FINDINGS_SHOWN = 20
     metavar="N",
     help="Also demand that N GPUs can share it (tensor parallelism).",
 )
+@click.option(
+    "--device",
+    type=Device(),
+    default="auto",
+    show_default=True,
+    help="Where compressed-tensors decodes.",
+)
 @json_option
 @quiet_option
-def verify(checkpoint: str, source: str | None, tp: int | None, as_json: bool, quiet: bool) -> None:
+def verify(
+    checkpoint: str,
+    source: str | None,
+    tp: int | None,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Check the checkpoint CKPT with decoders that are not the ones that wrote it.
 
     Headers, index, digests of the manifest, expert counts, groups, targets and ignore list; every
@@ -40,7 +54,7 @@ def verify(checkpoint: str, source: str | None, tp: int | None, as_json: bool, q
     with stdout_kept(), shown(quiet) as progress:
         from quant.verify import verify_checkpoint
 
-        report = verify_checkpoint(checkpoint, source, progress=progress, tp=tp)
+        report = verify_checkpoint(checkpoint, source, progress=progress, tp=tp, device=device)
     click.echo(json.dumps(report.to_json()) if as_json else "\n".join(lines(report)))
     report.demand()
 

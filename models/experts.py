@@ -50,6 +50,7 @@ class RoutedBatch:
     outputs_PD: torch.Tensor  # expert outputs before weighting
     weights_applied_to_input: bool = False
     norms_P: torch.Tensor | None = None  # float32 |outputs| of each pair, where they came for free
+    inputs_PD: torch.Tensor | None = None  # what each pair was fed, where it still stands
 
 
 Observer = Callable[[RoutedBatch], None]
@@ -120,6 +121,7 @@ class RoutedExperts(nn.Module):
         *,
         weights_applied_to_input: bool = False,
         norms_P: torch.Tensor | None = None,
+        inputs_PD: torch.Tensor | None = None,
     ) -> None:
         """Hand the record of this batch to the observer, where there is one."""
         if self.observe is None:
@@ -135,6 +137,7 @@ class RoutedExperts(nn.Module):
                 outputs_PD=outputs_PD,
                 weights_applied_to_input=weights_applied_to_input,
                 norms_P=norms_P,
+                inputs_PD=inputs_PD,
             )
         )
 
@@ -219,6 +222,7 @@ class RoutedExperts(nn.Module):
             hidden_states,
             outputs_PD,
             norms_P=norms_P,
+            inputs_PD=inputs_PD[:routed],
         )
         if total_TD is not None:
             return total_TD

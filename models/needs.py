@@ -4,12 +4,12 @@ Projections, not promises: amounts of work from the model's numbers, divided by 
 rates (models/machines.py). With D hidden, F intermediate, E experts, T tokens, for each layer
 
     forward    T (2 active parameters + 2 S heads (d_qk + d_v)) / forward_flops
-    Hessians   2 T (top_k (D^2 + F^2) + sum over inputs of the other Linears of K^2) / hessian_flops
+    Hessians   2 (T top_k (D^2 + F^2) + sum over inputs of other Linears of R K^2) / hessian_flops
     solving    sum over matrices of K^3 / factor_cubed + N K (round + sweeps * sweep)
 
-with S tokens a sample. Reading runs ahead of computing, so a layer takes the longer of the two;
-what is written is not hidden. `compress` scores and rounds in one walk: one forward of the intact
-model, two of the cut one.
+with S tokens a sample and R = min(T, `hessian_rows`). Reading runs ahead of computing, so a layer
+takes the longer of the two; what is written is not hidden. `compress` scores and rounds in one
+walk: one forward of the intact model, two of the cut one.
 """
 
 from __future__ import annotations
@@ -127,19 +127,25 @@ def forward_seconds(inventory: Inventory, tokens: int, machine: Machine) -> floa
     return tokens * (2 * active + attention_flops(inventory)) / machine.forward_flops
 
 
+def hessian_rows(columns: int) -> int:
+    """How many rows a Hessian [K, K] of a Linear outside the experts is summed over, at most: 64
+    for each column (the noise of sampling is then an eighth), 262,144 where that is more."""
+    return max(1 << 18, 64 * columns)
+
+
 def hessian_seconds(inventory: Inventory, tokens: int, machine: Machine) -> float:
     """Adding x xᵀ of every token for every Linear; those of one module that are equally wide (q, k
     and v; gate and up) share their inputs."""
     spec = inventory.spec
     squares = spec.hidden_size**2 + spec.expert_intermediate**2
-    total = min(spec.top_k, spec.num_experts) * len(spec.moe_layers) * squares
+    total = tokens * min(spec.top_k, spec.num_experts) * len(spec.moe_layers) * squares
     inputs = {
         (weight.layer, weight.path.rpartition(".")[0].rpartition(".")[0], weight.shape[1])
         for weight in layer_matrices(inventory)
         if weight.kind == "linear"
     }
-    total += sum(columns**2 for _, _, columns in inputs)
-    return 2 * tokens * total / machine.hessian_flops
+    total += sum(min(tokens, hessian_rows(columns)) * columns**2 for _, _, columns in inputs)
+    return 2 * total / machine.hessian_flops
 
 
 def solve_seconds(inventory: Inventory, machine: Machine) -> float:

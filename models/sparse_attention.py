@@ -36,11 +36,19 @@ class KeysSoFar:
         return torch.cat(self.keys, dim=1)
 
 
+class FirstKey:
+    """The same part, of a cache that holds one key: every matrix is run, next to nothing scored."""
+
+    def update_indexer(self, keys: torch.Tensor, layer: int) -> torch.Tensor:
+        """The first of keys [B, S, D]."""
+        return keys[:, :1]
+
+
 class Indexer(nn.Module):
     """Stands in for `original`, whose submodules it shares under the same names.
 
-    While one of them is watched (a calibration that wants the inputs of its matrices) it scores
-    also where every key is chosen.
+    While one of them is watched (a calibration that wants the inputs of its matrices) all are run
+    also where every key is chosen, and only the first key is scored.
     """
 
     def __init__(self, original: Any) -> None:
@@ -71,8 +79,16 @@ class Indexer(nn.Module):
                 position_ids,
                 past_key_values=past_key_values,
             )
-        watched = any(child._forward_pre_hooks for child in self.children())
-        if keys <= original.index_topk and not watched:
+        if keys <= original.index_topk:
+            if any(child._forward_pre_hooks for child in self.children()):
+                original(
+                    hidden_states,
+                    q_resid,
+                    position_embeddings,
+                    attention_mask[..., :1],
+                    position_ids,
+                    past_key_values=FirstKey(),
+                )
             every = torch.arange(keys, dtype=torch.int32, device=hidden_states.device)
             return every.expand(batch, queries, keys)
         step = max(1, self.scores_at_once // (batch * original.n_heads * keys))

@@ -25,7 +25,7 @@ import torch
 from calibration.batches import PADDING, Batch
 from models.experts import RoutedBatch, RoutedExperts
 from quant.hessians import add_products, made_symmetric, zero_sums
-from quant.inputs import Fed
+from quant.inputs import Fed, is_taken
 
 KEPT_BYTES = 8 << 30
 FLOAT = 4
@@ -118,7 +118,9 @@ class ExpertSums:
     def add(self, record: RoutedBatch, batch: Batch) -> None:
         """Take in what one batch's experts got; padding left out."""
         pairs = pairs_of(record, batch, self.num_experts)
-        inputs_PD = pairs.rows()
+        inputs_PD = record.inputs_PD
+        if inputs_PD is None or len(inputs_PD) != len(pairs.token_P):  # padding among them
+            inputs_PD = pairs.rows()
         if self.first_pass:
             self._take_first(pairs, inputs_PD)
         self._add_sets(inputs_PD, pairs)
@@ -165,10 +167,9 @@ class ExpertSums:
             add_products(total, inputs_PK, pairs.begin_E[experts], pairs.end_E[experts])
 
     def _keep(self, pairs: Pairs) -> None:
-        """The first batch and then every n-th, so that all kinds of samples are among them."""
+        """Hold a batch's pairs for down, where it is among the batches kept."""
         width = pairs.inputs_TD.shape[1] * pairs.inputs_TD.element_size()
-        share = min(1.0, KEPT_BYTES / max(1, width * self.num_tokens))
-        if self.batches == 0 or int(self.batches * share) > int((self.batches - 1) * share):
+        if is_taken(self.batches, KEPT_BYTES / max(1, width * self.num_tokens)):
             self.kept.append(pairs.to(torch.device("cpu")) if self.room < KEPT_BYTES else pairs)
         self.batches += 1
 

@@ -3,12 +3,14 @@
     H = sum over real tokens of x x^T        float32 [K, K]
 
 is all GPTQ wants of a Linear's inputs. For Linears outside the experts it is accumulated while
-the layer runs. Experts would need one K x K matrix each (52 GB in a DeepSeek-V3.2 layer). On a
-GPU those are summed while the layer runs, as many as fit (quant/expert_sums.py). Elsewhere the
-MoE block's own input is kept, once for each token, and who was routed where, and the Hessians of a
-few experts at a time are made from that. Only tokens that were really routed to an expert count:
-sending every token through every expert costs E / top_k times the work and bends the Hessians
-toward tokens the expert never sees.
+the layer runs, over all tokens up to `hessian_rows`; of more, over an even share of the batches
+(o_proj's 16,384 columns in DeepSeek-V3.2 cost two thirds of what the experts do together, and a
+Hessian is no better for being summed without end). Experts would need one K x K matrix each (52 GB
+in a DeepSeek-V3.2 layer). On a GPU those are summed while the layer runs, as many as fit
+(quant/expert_sums.py). Elsewhere the MoE block's own input is kept, once for each token, and who
+was routed where, and the Hessians of a few experts at a time are made from that. Only tokens that
+were really routed to an expert count: sending every token through every expert costs E / top_k
+times the work and bends the Hessians toward tokens the expert never sees.
 
 Legend: T tokens of a batch, N tokens of one expert, K inputs of a Linear, E experts, B experts
 rounded together, D hidden, F intermediate.
@@ -26,19 +28,22 @@ from torch import nn
 
 from calibration.batches import PADDING, Batch
 from models.experts import RoutedBatch, RoutedExperts
+from models.needs import hessian_rows
 from quant.gptq import isotropic, shrink_hessian
 from quant.hessians import add_products, made_symmetric, zero_sums
 
 
 class LinearInputs:
-    """Sums over the inputs of named Linears. Linears fed by one tensor share one Hessian."""
+    """Sums over the inputs of named Linears, of `num_tokens` in all. Linears fed by one tensor
+    share one Hessian."""
 
-    def __init__(self, with_hessian: bool) -> None:
-        self.with_hessian = with_hessian
+    def __init__(self, with_hessian: bool, num_tokens: int) -> None:
+        self.with_hessian, self.num_tokens = with_hessian, num_tokens
         self.source: dict[str, str] = {}  # Linear -> the Linear whose sums it shares
         self.hessian: dict[str, torch.Tensor] = {}
         self.largest: dict[str, torch.Tensor] = {}
-        self.count: dict[str, int] = {}
+        self.batches: dict[str, int] = {}
+        self.count: dict[str, int] = {}  # rows in the Hessian
         self._entered: tuple[torch.Tensor, str] | None = None
 
     def add(self, name: str, x: torch.Tensor, batch: Batch) -> None:
@@ -49,21 +54,27 @@ class LinearInputs:
         self._entered = (x, self.source[name])
         if self.source[name] != name:
             return
-        # counted and listed on the CPU: nothing here waits for the GPU
-        row_N = (batch.domain_T != PADDING).nonzero().flatten()
-        ends = torch.tensor([[0], [len(row_N)]]).to(x.device)
-        rows = x.reshape(len(batch.domain_T), -1)[row_N.to(x.device)]
+        rows = x.reshape(len(batch.domain_T), -1)
+        real_T = batch.domain_T != PADDING
+        if not bool(real_T.all()):  # listed on the CPU: nothing here waits for the GPU
+            rows = rows[real_T.nonzero().flatten().to(x.device)]
         low, high = torch.aminmax(rows)
         largest = torch.maximum(-low, high).float()
-        self.count[name] = self.count.get(name, 0) + len(row_N)
         self.largest[name] = torch.maximum(self.largest.get(name, largest), largest)
+        number = self.batches.get(name, 0)
+        self.batches[name] = number + 1
+        share = hessian_rows(rows.shape[1]) / max(1, self.num_tokens)
+        if not is_taken(number, share):
+            return
+        self.count[name] = self.count.get(name, 0) + len(rows)
         if self.with_hessian:
             if name not in self.hessian:
                 self.hessian[name] = zero_sums(1, rows.shape[1], x.device)
+            ends = torch.tensor([[0], [len(rows)]]).to(x.device)
             add_products(self.hessian[name], rows, ends[0], ends[1])
 
     def sums_of(self, name: str) -> tuple[torch.Tensor | None, int, float]:
-        """(Hessian or None, tokens, largest |x|) of a Linear; zeros for one that never ran."""
+        """(Hessian or None, rows in it, largest |x|) of a Linear; zeros for one that never ran."""
         source = self.source.get(name, name)
         if source not in self.count:
             return None, 0, 0.0
@@ -75,6 +86,12 @@ class LinearInputs:
             self.count[source],
             float(self.largest[source]),
         )
+
+
+def is_taken(number: int, share: float) -> bool:
+    """Whether batch `number` is among a `share` of all batches: the first one, then every n-th, so
+    that all kinds of samples are among them."""
+    return share >= 1 or number == 0 or int(number * share) > int((number - 1) * share)
 
 
 class TakesInputs(Protocol):

@@ -56,8 +56,10 @@ def judge_matrix(
     scheme: Scheme,
     groups: ConfigGroups,
     comparison: Comparison | None,
+    device: torch.device,
 ) -> Judged:
-    """Decode a quantized matrix both ways, as its group of config.json says."""
+    """Decode a quantized matrix both ways, as its group of config.json says; by
+    compressed-tensors, which takes the longest, on `device`."""
     settings = groups.settings[groups.groups_of(matrix.module)[0]]
     try:
         tensors = groups.translate(matrix.module, matrix.read(checkpoint))
@@ -65,8 +67,9 @@ def judge_matrix(
         return Judged(matrix.module, scheme.name, (str(wrong),))
     findings = list(check_scales(matrix.module, tensors, scheme))
     decoded = decode(tensors, scheme)
-    theirs = decompress(tensors, scheme, settings)
-    mine = torch.from_numpy(np.ascontiguousarray(decoded)).to(theirs.dtype)
+    on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+    theirs = decompress(on_device, scheme, settings)
+    mine = torch.from_numpy(np.ascontiguousarray(decoded)).to(device).to(theirs.dtype)
     if not torch.equal(mine.nan_to_num(nan=1e9), theirs.nan_to_num(nan=1e9)):
         findings.append(f"{matrix.module}: compressed-tensors decodes it to other values")
     if not np.isfinite(decoded).all():

@@ -66,7 +66,7 @@ def round_to_nearest(
         return _unbatched(grid.quantized(values, step), batch)
     step, zero = searched_steps(weight, grid, importance, search=search)
     size = weight.shape[-1] // step.shape[-1]
-    if has_kernels(stored) and size in KERNEL_GROUPS:
+    if has_kernels(stored) and scheme.group_size in KERNEL_GROUPS:
         from quant.kernels.pack import round_codes
 
         codes = round_codes(stored, step, zero, grid)
@@ -110,7 +110,7 @@ def searched_steps(
         step = grid.stored(_block_amax(weight_BNK) / E4M3_MAX)
         return step.repeat_interleave(FP8_BLOCK_SIDE, dim=-2)[:, :rows], None
     size = grid.scheme.group_size or columns
-    if has_kernels(weight_BNK) and size in KERNEL_GROUPS:
+    if has_kernels(weight_BNK) and grid.scheme.group_size in KERNEL_GROUPS:
         from quant.kernels import search as kernels
 
         rounds = LEAST_SQUARES_ROUNDS if search and grid.scheme.kind == "int" else 0

@@ -26,7 +26,7 @@ from models.errors import InputError, VerificationError
 from models.families import FAMILIES, spec_of
 from models.journal import MANIFEST
 from models.location import download_snapshot, local_directory
-from models.opening import open_model
+from models.opening import compute_device, open_model
 from models.progress import Progress, Step, silent
 from quant.comparison import Comparison
 from quant.foreign import LAYOUT_OF, ExportedGroups
@@ -95,14 +95,16 @@ def verify_checkpoint(
     source: str | Path | None = None,
     progress: Progress = silent,
     tp: int | None = None,
+    device: str = "auto",
 ) -> Report:
     """Read and judge every tensor of the checkpoint `path` (folder or hub id).
 
-    `source` is what it was made of, `tp` the number of GPUs that are to share every layer. Raises
+    `source` is what it was made of, `tp` the number of GPUs that are to share every layer. A GPU
+    only makes it faster: the decoder from the formats' descriptions stays on the CPU. Raises
     InputError for what is no checkpoint, no model known here or no source; all else is in the
     report.
     """
-    report = Report(str(path))
+    report, decoding = Report(str(path)), compute_device(device)
     folder = local_directory(path) or download_snapshot(str(path))
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json; give a checkpoint's folder")
@@ -155,7 +157,9 @@ def verify_checkpoint(
     for module, scheme in schemes.items():
         assert groups is not None
         matrix = stored.matrices[module]
-        tasks.append(partial(judge_matrix, checkpoint, matrix, scheme, groups, comparison))
+        tasks.append(
+            partial(judge_matrix, checkpoint, matrix, scheme, groups, comparison, decoding)
+        )
     tasks += [partial(judge_plain, checkpoint, i, comparison) for i in stored.plain.values()]
     judged: list[Judged] = []
     with ThreadPoolExecutor(WORKERS) as pool:

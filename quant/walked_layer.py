@@ -36,7 +36,7 @@ def walk_layer(
     skeleton, processes = walk.skeleton, walk.processes
     sets = rounder.expert_sets(linears)
     current: list[Batch] = []
-    inputs = LinearInputs(with_hessian=bool(rounder.damping))
+    inputs = LinearInputs(bool(rounder.damping), walk.num_tokens)
     exchange = exchange_of(rounder, walk, layer, linears, inputs) if processes.size > 1 else None
     after_round = None if exchange is None else exchange.send
     watching: list[ExpertInputs] = []

@@ -12,8 +12,11 @@ from torch import nn
 
 from models.errors import InputError
 from models.skeleton import Skeleton
+from runtime.experts import PackedExperts
+from runtime.linear import PackedLinear
 
 EMBED, HEAD = "embed", "head"
+WHOLE = [PackedLinear.__name__, PackedExperts.__name__]
 
 
 def place(
@@ -51,7 +54,8 @@ def spread(model: Any, placement: Mapping[str, Any]) -> Any:
     """The loaded model, activations moved between its devices where it lies on several."""
     if len(set(placement.values())) == 1:
         return model
-    return dispatch_model(model, device_map=dict(placement))
+    # packed tensors lie one module deeper than the one that is called: they are to come together
+    return dispatch_model(model, device_map=dict(placement), preload_module_classes=WHOLE)
 
 
 def module_paths(skeleton: Skeleton) -> list[tuple[str, str]]:

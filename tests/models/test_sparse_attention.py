@@ -42,15 +42,29 @@ def test_short_samples_are_not_scored(family: str, tmp_path: Path) -> None:
     assert not ran
 
 
-def test_watched_matrices_are_run(tmp_path: Path) -> None:
-    skeleton, model, ids, mask = opened("deepseek_v32", tmp_path, index_topk=24)
-    ran: list[int] = []
-    for number, indexer in enumerate(indexers(skeleton)):
-        indexer.get_submodule("wq_b").register_forward_pre_hook(
-            lambda _, args, number=number: ran.append(number)
-        )
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
+def test_watched_matrices_are_fed_the_same(family: str, tmp_path: Path) -> None:
+    """A calibration sees what the whole model's indexers get."""
+    skeleton, model, ids, mask = opened(family, tmp_path, index_topk=24)
+    names = ("wq_b", "wk", "weights_proj")
+    seen: list[torch.Tensor] = []
+    wanted: list[torch.Tensor] = []
+    for indexer in indexers(skeleton):
+        for name in names:
+            indexer.get_submodule(name).register_forward_pre_hook(
+                lambda _, args: seen.append(args[0])
+            )
+    theirs = [m for m in model.modules() if type(m) is type(indexers(skeleton)[0]._original[0])]
+    for indexer in theirs:
+        for name in names:
+            indexer.get_submodule(name).register_forward_pre_hook(
+                lambda _, args: wanted.append(args[0])
+            )
     assert torch.equal(walk(skeleton, ids, mask), whole(model, ids, mask))
-    assert ran == list(range(len(skeleton.layers)))
+    assert len(seen) == len(wanted) == len(names) * len(indexers(skeleton))
+    real = mask.bool()
+    for mine, own in zip(seen, wanted, strict=True):
+        assert torch.equal(mine[real], own[real])
 
 
 @pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])

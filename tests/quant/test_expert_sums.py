@@ -65,13 +65,13 @@ class Activation(nn.Module):
 
 
 def random_batches(weighted: bool) -> tuple[list[tuple[RoutedBatch, Batch]], torch.Tensor]:
-    """Three batches with padding in which expert 3 gets nothing and expert 5 little; and the
+    """Three batches, two with padding, in which expert 3 gets nothing and expert 5 little; and the
     inputs of real pairs by expert, as a list of rows in float64."""
     batches, rows = [], [[] for _ in range(E)]
     for number in range(3):
         tokens = 40 + number
         inputs = torch.randn(tokens, D).bfloat16()
-        real_T = torch.rand(tokens) > 0.2
+        real_T = torch.rand(tokens) > 0.2 * (number < 2)
         chance = torch.tensor([1.0, 1, 1, 0, 1, 0.03]) + torch.zeros(tokens, E)
         expert_TK = torch.multinomial(chance, K)
         expert_P, order = expert_TK.flatten().sort(stable=True)
@@ -86,6 +86,7 @@ def random_batches(weighted: bool) -> tuple[list[tuple[RoutedBatch, Batch]], tor
             inputs_TD=inputs,
             outputs_PD=torch.empty(0),
             weights_applied_to_input=weighted,
+            inputs_PD=None if weighted else inputs[token_P],
         )
         domain_T = torch.where(real_T, 0, PADDING).to(torch.uint8)
         batch = Batch((0,), (tokens,), torch.zeros(1, tokens, dtype=torch.int64), None, domain_T)

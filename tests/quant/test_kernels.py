@@ -96,7 +96,8 @@ def test_search(scheme: Scheme, size: int, weighted: bool) -> None:
         error = (grouped - values * step.unsqueeze(-1)).square().flatten(-2)
         costs.append((error if importance is None else error * importance[:, None]).sum((1, 2)))
     torch.testing.assert_close(costs[1], costs[0], rtol=1e-4, atol=0)
-    assert (wanted[0] == found[0].cpu()).double().mean() > 0.99
+    # NVFP4's are quotients, whose last bit a GPU's division may turn
+    assert torch.isclose(wanted[0], found[0].cpu(), rtol=1e-6, atol=0).double().mean() > 0.99
 
 
 @pytest.mark.parametrize(("scheme", "size"), SHAPES, ids=named)
