@@ -107,12 +107,13 @@ def repaired(
     plan: PrunePlan,
     kinds: tuple[RepairKind, ...],
     samples: int = 16,
+    batch_tokens: int = 64,
 ) -> Path:
     opened = open_model(model)
     tokens = random_token_set(
         opened.spec.text["vocab_size"], LENGTHS[:samples], ((0, 1) * 8)[:samples]
     )
-    settings = RepairSettings(kinds=kinds, tokens=tokens, device="cpu", batch_tokens=64)
+    settings = RepairSettings(kinds=kinds, tokens=tokens, device="cpu", batch_tokens=batch_tokens)
     prune_checkpoint(opened.source, plan, folder, repair=Repair(opened, plan, settings))
     return folder
 
@@ -152,6 +153,21 @@ def test_only_what_was_asked_for_changes_and_the_output_comes_nearer(
     ids = random_token_set(source.spec.text["vocab_size"], lengths=LENGTHS, domains=(0, 1) * 8)
     errors = [hidden_error(model, one, ids) for one in (tmp_path / "pruned", mended)]
     assert errors[1] < 0.95 * errors[0], errors
+
+
+def test_padding_changes_nothing(tmp_path: Path) -> None:
+    """Samples alone (no padding) and many in a batch: the same repair but for rounding."""
+    model = tiny_model("glm4_moe", tmp_path / "model")
+    plan = plan_for(open_source(model))
+    kinds: tuple[RepairKind, ...] = ("scales", "down", "up")
+    alone = read_all(repaired(tmp_path / "alone", model, plan, kinds, batch_tokens=1))
+    padded = read_all(repaired(tmp_path / "padded", model, plan, kinds, batch_tokens=400))
+    prune_checkpoint(open_source(model), plan, tmp_path / "pruned")
+    before = read_all(tmp_path / "pruned")
+    for name in before:
+        change = (alone[name].float() - before[name].float()).norm()
+        apart = (alone[name].float() - padded[name].float()).norm()
+        assert apart <= 0.02 * change, (name, apart, change)
 
 
 def hidden_error(whole: Path, other: Path, tokens: TokenSet) -> float:
