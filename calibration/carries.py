@@ -15,6 +15,7 @@ Refused: keeping all carries pinned, which is no faster (the threads have time t
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,7 @@ from calibration.hidden_states import Carry, HiddenStates
 from models.fp8_upload import aligned
 
 SLOTS = 2  # pinned carries each way: one that a thread works on, one on the bus
+SPARE = 4  # carries whose memory waits for its next use
 
 
 class Carries:
@@ -55,6 +57,7 @@ class GpuCarries(Carries):
         self.copies_in, self.copies_out = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="carries-in")
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="carries-out")
+        self.spare = SpareMemory(SPARE)
         self.slots_in = deque(Slot() for _ in range(SLOTS))
         self.slots_out = deque(Slot() for _ in range(SLOTS))
 
@@ -82,6 +85,7 @@ class GpuCarries(Carries):
 
     def _fetch(self, layer: int, batch: int, keep: bool) -> tuple[Carry, torch.cuda.Event]:
         """In the reader's thread: the carry on its way to the GPU, and what says it is there."""
+        used_up = self.states.holds(layer, batch) and not keep  # files are read into other memory
         stored = self.states.take(layer, batch, keep=keep)
         slot = self.slots_in[0]
         self.slots_in.rotate(-1)
@@ -89,6 +93,8 @@ class GpuCarries(Carries):
         pinned = slot.views(stored)
         for name, tensor in stored.items():
             pinned[name].copy_(tensor)
+        if used_up:
+            self.spare.give(stored)
         with torch.cuda.stream(self.copies_in):
             carry = {name: view.to(self.device, non_blocking=True) for name, view in pinned.items()}
             slot.copied = self.copies_in.record_event()
@@ -110,7 +116,7 @@ class GpuCarries(Carries):
     def _store(self, layer: int, batch: int, pinned: Carry, copied: torch.cuda.Event) -> None:
         """In the writer's thread: what has come from the GPU, to memory of its own."""
         copied.synchronize()
-        own = {name: torch.empty(view.shape, dtype=view.dtype) for name, view in pinned.items()}
+        own = self.spare.like(pinned)
         for name, view in pinned.items():
             own[name].copy_(view)
         self.states.put(layer, batch, own)
@@ -118,6 +124,40 @@ class GpuCarries(Carries):
     def settle(self) -> None:
         for slot in self.slots_out:
             slot.settle()
+
+
+class SpareMemory:
+    """Memory of carries that are used up, for those that come: of a generation that replaces
+    another of its size every page would else be returned and asked for again, which takes the
+    kernel longer than to copy what goes there. At most `most` carries wait; for two threads."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.free: list[torch.Tensor] = []  # uint8, whole pieces of memory
+        self._lock = threading.Lock()
+
+    def give(self, carry: Carry) -> None:
+        """Nobody else uses the tensors of `carry` any more."""
+        for tensor in carry.values():
+            whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+            with self._lock:
+                if len(self.free) < self.most:
+                    self.free.append(whole)
+
+    def like(self, carry: Carry) -> Carry:
+        """Tensors of the shapes and types of `carry`; the contents are whatever lay there."""
+        return {name: self._piece(tensor) for name, tensor in carry.items()}
+
+    def _piece(self, like: torch.Tensor) -> torch.Tensor:
+        raw = None
+        with self._lock:
+            for number, piece in enumerate(self.free):
+                if like.nbytes <= len(piece) <= like.nbytes * 5 // 4:
+                    raw = self.free.pop(number)
+                    break
+        if raw is None:
+            return torch.empty(like.shape, dtype=like.dtype)
+        return raw[: like.nbytes].view(like.dtype).view(like.shape)
 
 
 class Slot:

@@ -73,6 +73,10 @@ class HiddenStates:
             self._write(layer, batch, kept)
             self.spilled_bytes += size
 
+    def holds(self, layer: int, batch: int) -> bool:
+        """Whether what enters `layer` for `batch` is in RAM."""
+        return (layer, batch) in self.held
+
     def take(self, layer: int, batch: int, *, keep: bool = False) -> Carry:
         """What enters `layer` for `batch`; a carry held in RAM is given up unless `keep`."""
         with self._lock:

@@ -64,16 +64,21 @@ def keep_place(
     layer: int,
     clock: SnapshotClock,
     settle: Callable[[], None] = lambda: None,
+    *,
+    leaves: bool = True,
 ) -> None:
     """Make `layer` one that a later run goes on behind, when `clock` says so or it is the last.
 
-    `settle` returns when what belongs to the layers up to it is on the disk.
+    `settle` returns when what belongs to the layers up to it is on the disk. What leaves the last
+    layer is kept only if something reads it (`leaves`).
     """
-    if walk.processes.from_first(clock.due) or layer == walk.num_layers - 1:
+    last = layer == walk.num_layers - 1
+    if last or walk.processes.from_first(clock.due):
         settle()
         began = time.monotonic()
-        journal.record(unit, hidden=walk.snapshot(layer + 1))
-        walk.forget_before(layer + 1)
+        forgotten = last and not leaves
+        journal.record(unit, hidden=[] if forgotten else walk.snapshot(layer + 1))
+        walk.forget_before(layer + 2 if forgotten else layer + 1)
         clock.took(time.monotonic() - began)
 
 

@@ -121,7 +121,7 @@ class PruneAhead:
         else:
             walk.run(layer)
         walk.hidden_states.forget_from_ram(layer)
-        keep_place(walk, journal, f"{NAME} {layer}", layer, self.clock)
+        keep_place(walk, journal, f"{NAME} {layer}", layer, self.clock, leaves=False)
 
     def _stats(self, layer: int) -> LayerStats:
         assert self.journal is not None
