@@ -1,8 +1,9 @@
 """Every criterion's pruned model against the original: docs/results-criteria.md.
 
     python -m benchmarks.criteria MODEL OUT [--seeds 3]
-    python -m benchmarks.criteria MODEL OUT --scheme W3A16 [--criteria reap,output-error]
+    python -m benchmarks.criteria MODEL OUT --scheme W3A16 [--criteria reap,output-error:down+up]
     python -m benchmarks.criteria MODEL OUT --repairs scales,down,scales+down [--shares 0.5]
+                                            [--repair-samples 20] [--draws 0,1,2]
 
 For each seed a calibration sample of the offline mix (20 samples of each domain, up to 512 tokens,
 as `thresher demo`), one scoring pass with damage statistics, and for 25 % and 50 % of the experts
@@ -12,8 +13,10 @@ table gives the mean over seeds and the half-width of its 95 % interval (t, n - 
 
 With --scheme the named criteria's models are also written and quantized by GPTQ, and the KL is
 split: what pruning lost, and what rounding added. With --repairs the models of `output-error` are
-also written repaired, by the tokens they were scored on, and judged beside `reap`'s. Each step
-resumes by itself.
+also written repaired, by the tokens they were scored on (--repair-samples: by so many samples of
+each domain of the same seed), and judged beside `reap`'s. Each step resumes by itself, and --draws
+makes some of the draws only, so that several machines or processes can share the work. On a CPU
+without bfloat16 instructions --dtype float32 is many times faster.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +58,32 @@ def sample(model: Path, part: str, count: int, seed: int) -> TokenSet:
     return token_set(str(model), tokens=None, mix=mix, samples=None, max_length=512, seed=seed)
 
 
-def plans_of(opened: OpenModel, folder: Path, share: float) -> dict[str, PrunePlan]:
+def plans_of(
+    opened: OpenModel,
+    folder: Path,
+    share: float,
+    names: Sequence[str] = (*CRITERIA, OUTPUT_ERROR),
+) -> dict[str, PrunePlan]:
     from reap.stats import SaliencyStats
 
     stats, damage = SaliencyStats.load(folder), DamageStats.load(folder)
     return {
         name: make_plan(stats, opened.spec, ratio=share, criterion=name, damage=damage)
-        for name in (*CRITERIA, OUTPUT_ERROR)
+        for name in names
     }
 
 
 def judge(
-    opened: OpenModel, plans: dict[str, PrunePlan], tokens: TokenSet, out: Path
+    args: argparse.Namespace,
+    opened: OpenModel,
+    plans: dict[str, PrunePlan],
+    tokens: TokenSet,
+    out: Path,
 ) -> dict[str, dict[str, Any]]:
     return evaluate_all(
         {name: pruned_view(opened, plan) for name, plan in plans.items()},
         tokens,
-        EvalSettings(batch_tokens=BATCH_TOKENS),
+        EvalSettings(batch_tokens=BATCH_TOKENS, dtype=args.dtype),
         reference=opened.checkpoint.root,
         identity={name: plan.to_json()["layers"] for name, plan in plans.items()},
         out=out,
@@ -83,16 +96,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     other = sample(args.model, "heldout", 4, 1)
     found: dict[str, Any] = {}
     for seed in range(args.seeds):
-        folder = args.out / f"scores-{seed}"
-        settings = ScoreSettings(batch_tokens=BATCH_TOKENS, damage_tokens=SAMPLED_TOKENS)
-        score(args.model, sample(args.model, "train", 20, seed), folder, settings)
+        folder = scored(args, seed)
         for share in SHARES:
             began = time.monotonic()
             plans = plans_of(opened, folder, share)
             searched = time.monotonic() - began
-            results = judge(opened, plans, heldout, args.out / f"judged-{seed}-{share}")
+            results = judge(args, opened, plans, heldout, args.out / f"judged-{seed}-{share}")
             candidates = {name: plan for name, plan in plans.items() if name != "random"}
-            chosen = judge(opened, candidates, other, args.out / f"auto-{seed}-{share}")
+            chosen = judge(args, opened, candidates, other, args.out / f"auto-{seed}-{share}")
             best = min(chosen, key=lambda name: chosen[name]["kl"])
             results[AUTO] = {**results[best], "chosen": best}
             found[f"{seed} {share}"] = results
@@ -101,12 +112,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def mean_and_width(values: list[float]) -> str:
+def mean_and_width(values: list[float], digits: int = 3) -> str:
     mean = sum(values) / len(values)
     if len(values) < 2:
-        return f"{mean:.3f}"
+        return f"{mean:.{digits}f}"
     deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    return f"{mean:.3f} ± {T_95[len(values)] * deviation / math.sqrt(len(values)):.3f}"
+    width = T_95[len(values)] * deviation / math.sqrt(len(values))
+    return f"{mean:.{digits}f} ± {width:.{digits}f}"
 
 
 def table(found: dict[str, Any], seeds: int) -> str:
@@ -137,88 +149,132 @@ def table(found: dict[str, Any], seeds: int) -> str:
     return "\n".join(lines)
 
 
-def quantized(args: argparse.Namespace) -> str:
-    """KL of pruned, pruned and rounded, and rounded alone (seed 0)."""
-    opened, heldout = open_model(args.model), sample(args.model, "heldout", 12, 0)
-    tokens = sample(args.model, "train", 20, 0)
-    models: dict[str, Any] = {}
-    rounded_to(args, args.model, args.out / f"whole-{args.scheme}", tokens)
-    models["nothing pruned"] = args.out / f"whole-{args.scheme}"
-    for share in SHARES:
-        plans = plans_of(opened, args.out / "scores-0", share)
-        for name in args.criteria.split(","):
-            folder = args.out / f"{name}-{share}"
-            prune_checkpoint(opened.source, plans[name], folder)
-            rounded = args.out / f"{name}-{share}-{args.scheme}"
-            rounded_to(args, folder, rounded, tokens)
-            models |= {f"{name} {share:.0%}": folder, f"{name} {share:.0%} rounded": rounded}
-    found = evaluate_all(
-        models,
-        heldout,
-        EvalSettings(batch_tokens=BATCH_TOKENS),
-        reference=args.model,
-        out=args.out / f"judged-{args.scheme}",
+def scored(args: argparse.Namespace, seed: int) -> Path:
+    folder: Path = args.out / f"scores-{seed}"
+    settings = ScoreSettings(
+        batch_tokens=BATCH_TOKENS, damage_tokens=SAMPLED_TOKENS, dtype=args.dtype
     )
-    alone = found["nothing pruned"]["kl"]
+    score(args.model, sample(args.model, "train", 20, seed), folder, settings)
+    return folder
+
+
+def repaired_model(
+    args: argparse.Namespace, opened: OpenModel, plan: PrunePlan, kinds: str, where: str, seed: int
+) -> Path:
+    """`plan` carried out and repaired; seconds go to stdout."""
+    count = args.repair_samples
+    how = RepairSettings(
+        kinds=repair_kinds(kinds.replace("+", ",")),
+        tokens=sample(args.model, "train", count, seed),
+        batch_tokens=BATCH_TOKENS,
+        dtype=args.dtype,
+    )
+    many = "" if count == 20 else f"-{count}"
+    out: Path = args.out / f"repaired-{where}-{kinds}{many}"
+    began = time.monotonic()
+    prune_checkpoint(opened.source, plan, out, repair=Repair(opened, plan, how))
+    print(out.name, f"{time.monotonic() - began:.0f} s", flush=True)
+    return out
+
+
+def quantized(args: argparse.Namespace) -> str:
+    """KL of pruned, pruned and rounded, and rounded alone, over the draws."""
+    draws = [quantized_draw(args, seed) for seed in args.draws]
+    alone = mean_and_width([found["nothing pruned"] for found in draws])
     lines = [
-        f"\n{args.scheme} on top (seed 0); rounding alone, nothing pruned: KL {alone:.3f}\n",
-        "| pruned | KL pruned | KL pruned and rounded | pruning's share | rounding's share |",
+        f"\n{args.scheme} on top; rounding alone, nothing pruned: KL {alone}\n",
+        "| pruned | KL pruned | KL pruned and rounded | pruning's share | rounding's share, % |",
         "|---|---|---|---|---|",
     ]
-    for name in (n for n in found if n.endswith("%")):
-        pruned, both = found[name]["kl"], found[f"{name} rounded"]["kl"]
+    for name in (n for n in draws[0] if n.endswith("%")):
+        pruned = [found[name] for found in draws]
+        both = [found[f"{name} rounded"] for found in draws]
+        rounding = [100 * (1 - one / two) for one, two in zip(pruned, both, strict=True)]
+        share = mean_and_width(rounding, digits=1)
         lines.append(
-            f"| {name} | {pruned:.3f} | {both:.3f} "
-            f"| {pruned / both:.0%} | {1 - pruned / both:.0%} |"
+            f"| {name} | {mean_and_width(pruned)} | {mean_and_width(both)} "
+            f"| {1 - sum(rounding) / len(rounding) / 100:.0%} | {share} |"
         )
     return "\n".join(lines)
 
 
-def repaired(args: argparse.Namespace) -> str:
-    """KL of `reap`, `output-error` and the latter repaired, over the seeds."""
+def quantized_draw(args: argparse.Namespace, seed: int) -> dict[str, float]:
+    """KL by model of one draw. A name is a criterion, or one and its repairs: CRITERION:KINDS."""
     opened, heldout = open_model(args.model), sample(args.model, "heldout", 12, 0)
+    tokens, folder = sample(args.model, "train", 20, seed), scored(args, seed)
+    whole = args.out / f"whole-{seed}-{args.scheme}"
+    rounded_to(args, args.model, whole, tokens)
+    models: dict[str, Any] = {"nothing pruned": whole}
+    for share in (float(share) for share in args.shares.split(",")):
+        plans = plans_of(opened, folder, share)
+        for name in args.criteria.split(","):
+            criterion, _, kinds = name.partition(":")
+            if kinds:
+                where = f"{seed}-{share}"
+                made = repaired_model(args, opened, plans[criterion], kinds, where, seed)
+            else:
+                made = args.out / f"{name}-{seed}-{share}"
+                prune_checkpoint(opened.source, plans[name], made)
+            rounded = made.with_name(f"{made.name}-{args.scheme}")
+            rounded_to(args, made, rounded, tokens)
+            models |= {f"{name} {share:.0%}": made, f"{name} {share:.0%} rounded": rounded}
+    results = evaluate_all(
+        models,
+        heldout,
+        EvalSettings(batch_tokens=BATCH_TOKENS, dtype=args.dtype),
+        reference=args.model,
+        out=args.out / f"judged-{seed}-{args.scheme}-{args.repair_samples}",
+    )
+    found = {name: float(result["kl"]) for name, result in results.items()}
+    print(seed, args.scheme, {name: round(kl, 4) for name, kl in found.items()}, flush=True)
+    return found
+
+
+def repaired(args: argparse.Namespace) -> str:
+    """KL of `reap`, `output-error` and the latter repaired, over the draws."""
     lines = []
     for share in (float(share) for share in args.shares.split(",")):
         found: dict[str, list[float]] = {}
-        for seed in range(args.seeds):
-            tokens, folder = sample(args.model, "train", 20, seed), args.out / f"scores-{seed}"
-            settings = ScoreSettings(batch_tokens=BATCH_TOKENS, damage_tokens=SAMPLED_TOKENS)
-            score(args.model, tokens, folder, settings)
-            plans = plans_of(opened, folder, share)
-            models: dict[str, Any] = {
-                name: pruned_view(opened, plans[name]) for name in ("reap", OUTPUT_ERROR)
-            }
-            for kinds in args.repairs.split(","):
-                how = RepairSettings(
-                    kinds=repair_kinds(kinds.replace("+", ",")),
-                    tokens=tokens,
-                    batch_tokens=BATCH_TOKENS,
-                )
-                out = args.out / f"repaired-{seed}-{share}-{kinds}"
-                plan = plans[OUTPUT_ERROR]
-                prune_checkpoint(opened.source, plan, out, repair=Repair(opened, plan, how))
-                models[f"{OUTPUT_ERROR}, {kinds}"] = out
-            results = evaluate_all(
-                models,
-                heldout,
-                EvalSettings(batch_tokens=BATCH_TOKENS),
-                reference=args.model,
-                identity={name: [share, seed, name] for name in models},
-                out=args.out / f"judged-repairs-{seed}-{share}",
-            )
-            for name, result in results.items():
+        for seed in args.draws:
+            for name, result in repaired_draw(args, share, seed).items():
                 found.setdefault(name, []).append(result["kl"])
-            print(seed, share, {n: round(r["kl"], 4) for n, r in results.items()}, flush=True)
         lines += [
-            f"\n{share:.0%} removed\n",
-            "| kept by, repair | KL | against reap |",
-            "|---|---|---|",
+            f"\n{share:.0%} removed, repaired by {args.repair_samples} samples of each domain\n",
+            "| kept by, repair | KL | against reap | each draw |",
+            "|---|---|---|---|",
         ]
-        mean = {name: sum(values) / len(values) for name, values in found.items()}
         for name, values in found.items():
-            against = mean[name] / mean["reap"] - 1
-            lines.append(f"| {name} | {mean_and_width(values)} | {against:+.0%} |")
+            pairs = zip(values, found["reap"], strict=True)
+            each = ", ".join(f"{kl:.3f} ({kl / reap - 1:+.1%})" for kl, reap in pairs)
+            against = sum(values) / sum(found["reap"]) - 1
+            lines.append(f"| {name} | {mean_and_width(values)} | {against:+.1%} | {each} |")
     return "\n".join(lines)
+
+
+def repaired_draw(args: argparse.Namespace, share: float, seed: int) -> dict[str, dict[str, Any]]:
+    """The judged results of one draw, by model."""
+    opened, heldout = open_model(args.model), sample(args.model, "heldout", 12, 0)
+    plans = plans_of(opened, scored(args, seed), share, ("reap", OUTPUT_ERROR))
+    models: dict[str, Any] = {
+        name: pruned_view(opened, plans[name]) for name in ("reap", OUTPUT_ERROR)
+    }
+    for kinds in args.repairs.split(","):
+        plan = plans[OUTPUT_ERROR]
+        where = f"{seed}-{share}"
+        out = repaired_model(args, opened, plan, kinds, where, seed)
+        models[f"{OUTPUT_ERROR}, {kinds}"] = out
+    results = evaluate_all(
+        models,
+        heldout,
+        EvalSettings(batch_tokens=BATCH_TOKENS, dtype=args.dtype),
+        reference=args.model,
+        identity={name: [share, seed, name] for name in models},
+        out=args.out / f"judged-repairs-{seed}-{share}-{args.repairs}-{args.repair_samples}",
+    )
+    for name, result in results.items():
+        by_domain = {domain: round(result["by_domain"][domain]["kl"], 4) for domain in DOMAINS}
+        print(seed, share, name, round(result["kl"], 4), by_domain, flush=True)
+    return results
 
 
 def rounded_to(args: argparse.Namespace, model: Path, out: Path, tokens: TokenSet) -> None:
@@ -227,7 +283,7 @@ def rounded_to(args: argparse.Namespace, model: Path, out: Path, tokens: TokenSe
         open_model(model),
         uniform(scheme),
         out,
-        QuantizeSettings(method="gptq", batch_tokens=BATCH_TOKENS),
+        QuantizeSettings(method="gptq", batch_tokens=BATCH_TOKENS, dtype=args.dtype),
         tokens=tokens,
     )
     verify_checkpoint(out, model).demand()
@@ -243,7 +299,11 @@ def main() -> None:
     parser.add_argument("--criteria", default="reap,output-error")
     parser.add_argument("--repairs")
     parser.add_argument("--shares", default=",".join(str(share) for share in SHARES))
+    parser.add_argument("--repair-samples", type=int, default=20)
+    parser.add_argument("--draws")
+    parser.add_argument("--dtype", default="auto")
     args = parser.parse_args()
+    args.draws = [int(d) for d in args.draws.split(",")] if args.draws else list(range(args.seeds))
     if args.repairs:
         print(repaired(args))
         return

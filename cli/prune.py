@@ -96,7 +96,8 @@ if TYPE_CHECKING:
 @click.option(
     "--repair",
     metavar="KINDS",
-    help="Correct kept experts toward the original's output: scales, down, or scales,down.",
+    help="Correct kept experts toward the original's output, by any of scales, down and up, as in "
+    "scales,down,up.",
 )
 @click.option(
     "--repair-tokens",
@@ -136,7 +137,7 @@ def prune(
     quiet: bool,
 ) -> None:
     """Write MODEL without its least salient experts; kept tensors are copied byte for byte, but
-    for down projections where --repair asks to correct them.
+    for experts' projections where --repair asks to correct them.
 
     Run again with the same arguments after an interruption, it continues and ends with the same
     bytes.

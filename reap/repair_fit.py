@@ -26,14 +26,14 @@ import torch
 
 from models.errors import InputError
 
-RepairKind = Literal["scales", "down"]
+RepairKind = Literal["scales", "down", "up"]
 RIDGES = (0.3, 1.0, 3.0, 10.0)
 SWEEPS = 3
 HELD_OUT = 4  # one sample of so many chooses the ridge
 
 
 def repair_kinds(text: str) -> tuple[RepairKind, ...]:
-    """The repairs in "scales,down", each once, in the order they are made. InputError else."""
+    """The repairs in "scales,down,up", each once, in the order they are made. InputError else."""
     asked = [name.strip() for name in text.split(",")]
     known: tuple[RepairKind, ...] = get_args(RepairKind)
     odd = [name for name in asked if name not in known]
