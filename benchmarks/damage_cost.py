@@ -17,25 +17,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.full_size_model import write_tokens
+from benchmarks.layer_passes import DEVICE, LAYER, walk_before_layer
 from calibration.batches import BATCH_TOKENS, Batch
-from calibration.hidden_states import HiddenStates
 from calibration.stream import LayerWalk
-from calibration.tokens import TokenSet
 from models.journal import Journal
-from models.opening import open_model
 from models.processes import ALONE
-from models.skeleton import Skeleton
 from reap.damage import SAMPLED_TOKENS
 from reap.score import DamageWatch, summing_batches
 from reap.shared_sums import SharedSums
 
-LAYER, SAMPLE = 1, 2048
-DEVICE = torch.device("cuda", 0)
 
-
-def scored(walk: LayerWalk, journal: Journal, size: int, domains: tuple[str, ...]) -> float:
+def scored(walk: LayerWalk, journal: Journal, size: int) -> float:
     """Seconds of one scoring pass of LAYER; what enters it stays."""
+    domains = tuple(walk.tokens.domains)
     sums = SharedSums(ALONE, walk.skeleton.spec.num_experts, domains, DEVICE)
     watch = DamageWatch(walk, journal, size)
     torch.cuda.synchronize()
@@ -60,22 +54,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    path = options.folder / f"tokens-{options.tokens}.safetensors"
-    if not path.exists():
-        write_tokens(path, options.tokens // SAMPLE, SAMPLE)
-    tokens = TokenSet.load(path)
-    opened = open_model(str(options.folder / "model"))
-    skeleton = Skeleton(opened.source, dtype=torch.bfloat16, device=DEVICE)
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        walk_before_layer(options.folder, options.tokens, BATCH_TOKENS["cuda"]) as walk,
+    ):
         journal = Journal.open(Path(folder) / "job", {"command": "damage_cost"})
-        states = HiddenStates(Path(folder) / "hidden", None)
-        walk = LayerWalk(skeleton, tokens, states, BATCH_TOKENS["cuda"])
-        walk.embed()
-        walk.run(0)
         seconds: dict[int, list[float]] = {0: [], SAMPLED_TOKENS: []}
         for repeat in range(1 + options.repeats):  # the first one warms up
             for size, own in seconds.items():
-                found = scored(walk, journal, size, tuple(tokens.domains))
+                found = scored(walk, journal, size)
                 if repeat:
                     own.append(found)
     plain, damage = (statistics.median(own) for own in seconds.values())

@@ -41,7 +41,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.full_size_model import HIDDEN, write_model, write_tokens
+from benchmarks.full_size_model import HIDDEN, token_file, write_model
 from models.opening import open_model
 from reap.stats import LayerStats, SaliencyStats
 
@@ -126,9 +126,7 @@ def layers_done(out: Path) -> dict[int, float]:
 
 def compress_command(folder: Path, tokens: int, keep: int, scheme: str) -> list[str]:
     """`compress` of the model with so many tokens."""
-    path = folder / f"tokens-{tokens}.safetensors"
-    if not path.exists():
-        write_tokens(path, tokens // SAMPLE, SAMPLE)
+    path = token_file(folder, tokens)
     model = str(folder / "model")
     return [
         *("compress", model, "--keep", str(keep), "--scheme", scheme, "--tokens", str(path)),

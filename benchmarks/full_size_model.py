@@ -175,6 +175,14 @@ def write_tokens(path: Path, samples: int, length: int = 2048) -> None:
     ).save(path)
 
 
+def token_file(folder: Path, tokens: int, length: int = 2048) -> Path:
+    """The token set of so many tokens in `folder`, written where it is not there yet."""
+    path = folder / f"tokens-{tokens}.safetensors"
+    if not path.exists():
+        write_tokens(path, tokens // length, length)
+    return path
+
+
 def main() -> None:
     """Write a model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

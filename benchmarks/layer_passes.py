@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.full_size_model import write_tokens
+from benchmarks.full_size_model import token_file
 from calibration.batches import BATCH_TOKENS, Batch
 from calibration.hidden_states import HiddenStates
 from calibration.stream import LayerWalk
@@ -36,15 +36,15 @@ from quant.inputs import LinearInputs, watched
 from reap.score import summing_batches
 from reap.shared_sums import SharedSums
 
-LAYER, SAMPLE, SET = 1, 2048, 16
+LAYER, SET = 1, 16
 DEVICE = torch.device("cuda", 0)
 
 
 class Passes:
     """The loaded layer and the ways to run it."""
 
-    def __init__(self, walk: LayerWalk, domains: tuple[str, ...]) -> None:
-        self.walk, self.domains = walk, domains
+    def __init__(self, walk: LayerWalk) -> None:
+        self.walk, self.domains = walk, tuple(walk.tokens.domains)
         self.experts = walk.skeleton.spec.num_experts
         self.current: list[Batch] = []
         layer = walk.skeleton.load_layer(LAYER, lambda record: self.watch(record))
@@ -99,19 +99,16 @@ def report(name: str, run: Callable[[], None], tokens: int, rows: int) -> None:
 
 
 @contextmanager
-def opened(folder: Path, tokens: int, batch_tokens: int) -> Iterator[tuple[LayerWalk, TokenSet]]:
-    """A walk that stands before LAYER."""
-    path = folder / f"tokens-{tokens}.safetensors"
-    if not path.exists():
-        write_tokens(path, tokens // SAMPLE, SAMPLE)
-    token_set = TokenSet.load(path)
+def walk_before_layer(folder: Path, tokens: int, batch_tokens: int) -> Iterator[LayerWalk]:
+    """A walk of random tokens through FOLDER/model that stands before LAYER."""
+    token_set = TokenSet.load(token_file(folder, tokens))
     source = open_model(str(folder / "model")).source
     skeleton = Skeleton(source, dtype=torch.bfloat16, device=DEVICE)
     with tempfile.TemporaryDirectory() as hidden:
         walk = LayerWalk(skeleton, token_set, HiddenStates(Path(hidden), None), batch_tokens)
         walk.embed()
         walk.run(0)
-        yield walk, token_set
+        yield walk
 
 
 def main() -> None:
@@ -123,8 +120,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=12)
     options = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.tokens:,} tokens")
-    with opened(options.folder, options.tokens, options.batch_tokens) as (walk, token_set):
-        passes = Passes(walk, tuple(token_set.domains))
+    with walk_before_layer(options.folder, options.tokens, options.batch_tokens) as walk:
+        passes = Passes(walk)
         for run in (passes.scoring, passes.hessians, passes.plain):
             report(run.__name__, run, options.tokens, options.rows)
 

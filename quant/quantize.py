@@ -316,8 +316,8 @@ def run_layers(
                     if processes.is_first:
                         _write_unit(plan, unit, result, journal, writer)
                     del result
-                    unit_done = f"hidden {layer}"
-                    keep_place(walk, journal, unit_done, layer, clock, writer.wait, leaves=False)
+                    place = f"hidden {layer}"
+                    keep_place(walk, journal, place, layer, clock, writer.wait, leaves=False)
             elif not processes.from_first(partial(plan.shards.written, unit, journal)):
                 if walk is None:  # nothing is run between two units: read on while one is rounded
                     following = units[min(number + 1, len(units) - 1)]

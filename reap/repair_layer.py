@@ -151,9 +151,8 @@ class LayerRepair:
         """Each expert's tokens and what its down projection was fed, times the router's weight."""
         real_T = (batch.domain_T != PADDING).to(record.token_P.device)
         place_T = real_T.cumsum(0) - 1 + self.seen
-        activated_PF = self.experts.activated(
-            record.inputs_TD[record.token_P], record.expert_P, record.offsets_E
-        )
+        assert record.inputs_PD is not None  # weighted inputs were refused
+        activated_PF = self.experts.activated(record.inputs_PD, record.expert_P, record.offsets_E)
         activated_PF = activated_PF * record.router_weights_P.to(activated_PF.dtype)[:, None]
         real_P = real_T[record.token_P]
         if "up" in self.kinds:

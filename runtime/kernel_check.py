@@ -77,8 +77,8 @@ class KernelCheck:
         what = f"the {kernel.name} kernels for {storage.title}"
         card = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
         try:
-            kernel.prepare(some)
             some.linear = weights.linear
+            kernel.prepare(some)
             wrong = wrong_products(kernel, some, x_TK, wanted_ETN)
         except torch.OutOfMemoryError:
             raise

@@ -28,7 +28,8 @@ class PackedWeights(nn.Module):
         super().__init__()
         self.storage, self.experts = storage, experts
         self.repacked: str | None = None  # the kernels whose own order the codes are in
-        self.linear = False  # whether our Triton kernels may decode by one multiply-add
+        # whether our Triton kernels may decode by one multiply-add; None until they have looked
+        self.linear: bool | None = None
         self.extra: object = None  # what a kernel keeps beside the tensors
         for name, (dtype, shape) in storage.tensors(experts).items():
             empty = torch.empty(shape, dtype=dtype, device="meta")

@@ -61,11 +61,13 @@ class TritonKernel:
     def prepare(self, weights: PackedWeights) -> None:
         """Codes into the kernels' order."""
         reorder(weights)
-        weights.linear = decoding.is_linear(weights)
+        self.way(weights)
 
     def way(self, weights: PackedWeights) -> bool:
         """What the compiled kernels depend on besides the storage: how weights are decoded."""
-        return decoding.is_linear(weights)
+        if weights.linear is None:
+            weights.linear = decoding.is_linear(weights)
+        return weights.linear
 
     def trials(self, weights: PackedWeights) -> tuple[int, ...]:
         """Numbers of tokens an expert, each of which is multiplied in other blocks."""
@@ -121,7 +123,7 @@ class TritonKernel:
             PLAN=plan.kind,
             DOT=DOT,
             SPAN=step_columns(code, storage, tile),
-            LINEAR=weights.linear,
+            LINEAR=bool(weights.linear),
             **tile.fixed,
             **ahead(x.device),
         )
