@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -45,12 +45,18 @@ def digest(carry: Carry) -> str:
 
 class HiddenStates:
     """Carries by (layer, batch). `budget` bounds the bytes held in RAM; the rest is spilled.
+    `discard` removes the folder of a generation that is over.
 
     One thread may put while another takes.
     """
 
-    def __init__(self, folder: Path, budget: int | None) -> None:
-        self.folder, self.budget = folder, budget
+    def __init__(
+        self,
+        folder: Path,
+        budget: int | None,
+        discard: Callable[[Path], None] = shutil.rmtree,
+    ) -> None:
+        self.folder, self.budget, self.discard = folder, budget, discard
         self.held: dict[tuple[int, int], Carry] = {}
         self.held_bytes = 0
         self.spilled_bytes = 0
@@ -146,7 +152,7 @@ class HiddenStates:
         if self.folder.exists():
             for path in sorted(self.folder.iterdir()):
                 if path.name.startswith("layer_") and int(path.name[6:]) < layer:
-                    shutil.rmtree(path)
+                    self.discard(path)
 
     def forget_from_ram(self, layer: int) -> None:
         """Drop carries entering `layer` from RAM (their use is over)."""

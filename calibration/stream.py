@@ -22,10 +22,11 @@ from calibration.carries import carries_of
 from calibration.hidden_states import HiddenStates
 from calibration.packing import check_packable, cut_packed, pack_batch
 from calibration.tokens import TokenSet
+from models.device import sent
 from models.errors import InputError
 from models.experts import RoutedBatch
 from models.processes import ALONE, Processes
-from models.skeleton import Carry, Skeleton
+from models.skeleton import Carry, LayerCall, Skeleton
 
 BatchObserver = Callable[[RoutedBatch, Batch], None]
 CarryObserver = Callable[[Batch, Carry], None]
@@ -59,6 +60,10 @@ class LayerWalk:
         self.own = range(processes.rank, len(self.cuts), processes.size)
         self.num_layers = len(skeleton.layers)
         self.num_tokens = sum(tokens.lengths())
+        self._asking: torch.cuda.Stream | None = None
+        if skeleton.device.type == "cuda":
+            self._asking = torch.cuda.Stream(skeleton.device, priority=-1)
+            self._asking.wait_stream(torch.cuda.current_stream(skeleton.device))
 
     def batch(self, number: int) -> Batch:
         """Batch `number`, built anew each time (token ids are small, all batches are not)."""
@@ -68,18 +73,11 @@ class LayerWalk:
         self, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Ids, mask and positions, as `Skeleton` takes them."""
-        device = self.skeleton.device
-
-        def sent(tensor: torch.Tensor) -> torch.Tensor:
-            if device.type == "cuda":  # from pageable memory it would wait for the batch before
-                tensor = tensor.pin_memory()
-            return tensor.to(device, non_blocking=True)
-
-        mask, positions = batch.attention_mask, batch.position_ids
+        device, mask, positions = self.skeleton.device, batch.attention_mask, batch.position_ids
         return (
-            sent(batch.input_ids),
-            None if mask is None else sent(mask),
-            None if positions is None else sent(positions),
+            sent(batch.input_ids, device),
+            None if mask is None else sent(mask, device),
+            None if positions is None else sent(positions, device),
         )
 
     def embed(self) -> None:
@@ -157,8 +155,20 @@ class LayerWalk:
 
     def through(self, layer: int, batch: Batch, carry: Carry) -> Carry:
         """What leaves the loaded layer for `carry`, which entered it on the device."""
-        call = self.skeleton.call(layer, *self._on_device(batch))
-        return self.skeleton.run_layer(layer, call, carry)
+        return self.skeleton.run_layer(layer, self._call(layer, batch), carry)
+
+    def _call(self, layer: int, batch: Batch) -> LayerCall:
+        """What transformers' forward gives the layer with this batch. It asks masks and positions
+        what is in them; on a GPU that is done beside the batch before, not behind it."""
+        if self._asking is None:
+            return self.skeleton.call(layer, *self._on_device(batch))
+        with torch.cuda.stream(self._asking):
+            call = self.skeleton.call(layer, *self._on_device(batch))
+        running = torch.cuda.current_stream(self.skeleton.device)
+        running.wait_stream(self._asking)
+        for tensor in call.tensors():
+            tensor.record_stream(running)
+        return call
 
     def snapshot(self, layer: int) -> list[str]:
         """Write what enters `layer` to disk; the digest of each batch's file, in all processes."""
@@ -174,7 +184,7 @@ def tokens_are_finite(batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
     """Whether every token's row is finite, where `hidden` is; padding rows may hold anything."""
     rows = hidden.reshape(len(batch.domain_T), -1)
     largest_T = torch.linalg.vector_norm(rows, torch.inf, dim=-1)
-    padding_T = (batch.domain_T == PADDING).to(hidden.device, non_blocking=True)
+    padding_T = sent(batch.domain_T == PADDING, hidden.device)
     return (torch.isfinite(largest_T) | padding_T).all()
 
 

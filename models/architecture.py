@@ -87,6 +87,7 @@ class MoE:
     layers: Callable[[Config], tuple[int, ...]]
     hash_layers: Callable[[Config], tuple[int, ...]] = lambda config: ()
     zero_experts: str | None = None  # config key: router rows after the real experts
+    feeds_linears: bool = False  # what its experts give goes into a Linear of the same layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,9 @@ NOT_COPIED_BY_KERNEL = frozenset(
 )
 
 
+Bytes = bytes | memoryview  # of single bytes
+
+
 @dataclass(frozen=True, slots=True)
 class ByteRange:
     """`nbytes` bytes of `file` from `offset` on."""
@@ -44,12 +47,12 @@ def joins(run: ByteRange, piece: ByteRange) -> bool:
     return run.file == piece.file and run.offset + run.nbytes == piece.offset
 
 
-def copy_pieces(pieces: Sequence[bytes | ByteRange], target: int, stop: Event) -> None:
+def copy_pieces(pieces: Sequence[Bytes | ByteRange], target: int, stop: Event) -> None:
     """Write the pieces one after another to the descriptor `target`."""
     position = 0
     with SourceFiles() as files:
         for piece in pieces:
-            if isinstance(piece, bytes):
+            if not isinstance(piece, ByteRange):
                 done = 0
                 while done < len(piece):
                     done += os.pwrite(target, piece[done:], position + done)
@@ -90,12 +93,12 @@ def copy_range(source: int, piece: ByteRange, target: int, position: int, stop: 
         done += count
 
 
-def hash_pieces(pieces: Sequence[bytes | ByteRange], stop: Event) -> str:
+def hash_pieces(pieces: Sequence[Bytes | ByteRange], stop: Event) -> str:
     """sha256 of the pieces, source ranges read from their own files."""
     whole, buffer = hashlib.sha256(), memoryview(bytearray(HASH_BYTES))
     with SourceFiles() as files:
         for piece in pieces:
-            if isinstance(piece, bytes):
+            if not isinstance(piece, ByteRange):
                 whole.update(piece)
                 continue
             source, done = files.open(piece.file), 0

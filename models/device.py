@@ -1,4 +1,4 @@
-"""Whether the Triton kernels of a package's kernels/ serve a tensor or a device."""
+"""What a device can do, and tensors on their way to it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ def has_kernels(where: torch.Tensor | torch.device) -> bool:
     """True for CUDA, or a tensor there, with Triton installed."""
     device = where if isinstance(where, torch.device) else where.device
     return device.type == "cuda" and _triton_is_installed()
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on `device`, without waiting for what a GPU has still to do: a copy from
+    pageable memory does."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @cache

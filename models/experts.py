@@ -47,10 +47,11 @@ class RoutedBatch:
     token_P: torch.Tensor  # int64 [P], row of the flattened batch
     router_weights_P: torch.Tensor  # the coefficient of the forward pass, its own dtype
     inputs_TD: torch.Tensor
-    outputs_PD: torch.Tensor  # expert outputs before weighting
+    outputs_PD: torch.Tensor  # expert outputs before weighting; empty if `inputs_only`
     weights_applied_to_input: bool = False
     norms_P: torch.Tensor | None = None  # float32 |outputs| of each pair, where they came for free
     inputs_PD: torch.Tensor | None = None  # what each pair was fed, where it still stands
+    top_k: int | None = None  # pairs of every token, where all have as many
 
 
 Observer = Callable[[RoutedBatch], None]
@@ -85,7 +86,9 @@ class RoutedExperts(nn.Module):
     """Stands in for transformers' experts module inside its MoE block.
 
     `original` (on the meta device, never run) supplies the activation and its clamps. The
-    module holds no parameters: `weights` is set while its layer is resident.
+    module holds no parameters: `weights` is set while its layer is resident. With `inputs_only`
+    the observer is shown what the experts are fed, none of them is run, and zeros are returned:
+    for a pass whose output nobody wants.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class RoutedExperts(nn.Module):
         self.num_experts = num_experts
         self.zero_experts = zero_experts  # ids beyond num_experts return their input (LongCat)
         self.weights: ExpertWeights | None = None
+        self.inputs_only = False
         self.observe: Observer | None = None
         self.transposed = bool(getattr(original, "is_transposed", False))
         self.gated = bool(getattr(original, "has_gate", True))
@@ -122,6 +126,7 @@ class RoutedExperts(nn.Module):
         weights_applied_to_input: bool = False,
         norms_P: torch.Tensor | None = None,
         inputs_PD: torch.Tensor | None = None,
+        top_k: int | None = None,
     ) -> None:
         """Hand the record of this batch to the observer, where there is one."""
         if self.observe is None:
@@ -138,6 +143,7 @@ class RoutedExperts(nn.Module):
                 weights_applied_to_input=weights_applied_to_input,
                 norms_P=norms_P,
                 inputs_PD=inputs_PD,
+                top_k=top_k,
             )
         )
 
@@ -204,6 +210,19 @@ class RoutedExperts(nn.Module):
         # zero-computation experts sort behind; asking how many there are waits for a GPU
         routed = int(offsets_E[-1]) if self.zero_experts else len(expert_P)
         inputs_PD = hidden_states[token_P]
+        same_count = None if self.zero_experts else top_k
+        if self.inputs_only:
+            self.show(
+                offsets_E,
+                expert_P[:routed],
+                token_P[:routed],
+                weight_P[:routed],
+                hidden_states,
+                inputs_PD.new_empty(0),
+                inputs_PD=inputs_PD[:routed],
+                top_k=same_count,
+            )
+            return torch.zeros_like(hidden_states)
         outputs_PD = self.expert_outputs(inputs_PD[:routed], expert_P[:routed], offsets_E)
         fused = not self.sums_in_place and not self.zero_experts and _has_kernels(outputs_PD)
         total_TD = norms_P = None
@@ -223,6 +242,7 @@ class RoutedExperts(nn.Module):
             outputs_PD,
             norms_P=norms_P,
             inputs_PD=inputs_PD[:routed],
+            top_k=same_count,
         )
         if total_TD is not None:
             return total_TD
@@ -310,7 +330,9 @@ class InputWeightedBlock(nn.Module):
         expert_P, token_P = scores_TE.T.nonzero(as_tuple=True)
         weight_P = scores_TE[token_P, expert_P]
         offsets_E = torch.bincount(expert_P, minlength=self.experts.num_experts).cumsum(0)
-        if hidden_TD.dtype == torch.float32:
+        if self.experts.inputs_only:
+            outputs_PD = hidden_TD.new_empty(0)
+        elif hidden_TD.dtype == torch.float32:
             outputs_PD = self._full_rows(hidden_TD, scores_TE, token_P, offsets_E)
         else:
             inputs_PD = hidden_TD[token_P] * weight_P.unsqueeze(-1)
@@ -324,7 +346,9 @@ class InputWeightedBlock(nn.Module):
             outputs_PD,
             weights_applied_to_input=True,
         )
-        routed_TD = torch.zeros_like(hidden_TD).index_add_(0, token_P, outputs_PD)
+        routed_TD = torch.zeros_like(hidden_TD)
+        if not self.experts.inputs_only:
+            routed_TD.index_add_(0, token_P, outputs_PD)
         return self.shared_expert(hidden_TD).add_(routed_TD), logits_TE
 
     def _full_rows(

@@ -108,6 +108,7 @@ NEMOTRON_H = Architecture(
         ),
         router=("gate.weight", "gate.e_score_correction_bias"),
         shared=("shared_experts.", "fc1_latent_proj.", "fc2_latent_proj."),
+        feeds_linears=True,  # fc2_latent_proj
         module="mixer",
         num_experts=ROUTED,
         groups=GROUPS,

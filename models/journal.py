@@ -24,6 +24,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from threading import Thread
 from typing import Any
 
 from models.errors import InputError
@@ -89,6 +90,7 @@ class Journal:
         self._lock = lock
         self._facts: dict[str, dict[str, Any]] = {}
         self._log: int | None = None
+        self._removing: list[Thread] = []
 
     @classmethod
     def open(cls, out: Path, job: Mapping[str, Any], force: bool = False) -> Journal:
@@ -213,8 +215,17 @@ class Journal:
         """Do not count `unit` as finished in this run (its result was found to be missing)."""
         self._facts.pop(unit, None)
 
+    def discard(self, folder: Path) -> None:
+        """Remove a folder within the job's, which nobody reads any more. That goes on beside the
+        job: to free the blocks of 10 GB can take a file system some seconds."""
+        thread = Thread(target=shutil.rmtree, args=(folder,), kwargs={"ignore_errors": True})
+        thread.start()
+        self._removing.append(thread)
+
     def close(self, complete: bool = False) -> None:
         """Let go of the job; with `complete`, its folder is removed."""
+        for thread in self._removing:
+            thread.join()
         self._close_log()
         if self._lock is not None:
             if complete:

@@ -22,7 +22,7 @@ pyproject.toml pins the versions it was tested with.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,18 @@ class LayerCall:
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor among them, however deep."""
+        waiting: list[Any] = [*self.args, *self.kwargs.values()]
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, torch.Tensor):
+                yield value
+            elif isinstance(value, Mapping):
+                waiting.extend(value.values())
+            elif isinstance(value, (tuple, list)):
+                waiting.extend(value)
 
 
 class LayerSlot(nn.Module):
@@ -327,6 +339,7 @@ class Skeleton:
         if index in self.experts:
             self.experts[index].weights = None
             self.experts[index].observe = None
+            self.experts[index].inputs_only = False
         release_freed_memory()
 
     def prefetch_layer(self, index: int) -> None:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 
-from models.byte_copy import ByteRange, Stopped, copy_pieces, hash_pieces, joins
+from models.byte_copy import ByteRange, Bytes, Stopped, copy_pieces, hash_pieces, joins
 from models.errors import InputError
 from models.journal import Journal, disk_errors, sync_folder
 from models.progress import Progress, Step, silent
@@ -44,7 +44,7 @@ class OutputTensor:
     dtype: str
     shape: tuple[int, ...]
     ranges: tuple[ByteRange, ...] = ()
-    data: bytes | None = None
+    data: Bytes | None = None
 
     @property
     def nbytes(self) -> int:
@@ -61,13 +61,13 @@ class Shard:
     tensors: tuple[OutputTensor, ...]
     nbytes: int = field(compare=False)
 
-    def pieces(self) -> Iterator[bytes | ByteRange]:
+    def pieces(self) -> Iterator[Bytes | ByteRange]:
         """The file's content in order; neighbouring source ranges come as one."""
         yield self.header
         run: ByteRange | None = None
         for tensor in self.tensors:
             for piece in (tensor.data,) if tensor.data is not None else tensor.ranges:
-                if isinstance(piece, bytes):
+                if not isinstance(piece, ByteRange):
                     if run is not None:
                         yield run
                     run = None

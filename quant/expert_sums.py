@@ -23,8 +23,9 @@ from dataclasses import dataclass
 import torch
 
 from calibration.batches import PADDING, Batch
+from models.device import sent
 from models.experts import RoutedBatch, RoutedExperts
-from quant.hessians import add_products, made_symmetric, zero_sums
+from quant.hessians import add_products, made_symmetric, whole_range, zero_sums
 from quant.inputs import Fed, is_taken
 
 KEPT_BYTES = 8 << 30
@@ -65,8 +66,13 @@ def pairs_of(record: RoutedBatch, batch: Batch, num_experts: int) -> Pairs:
     weight_P = record.router_weights_P
     real_T = batch.domain_T != PADDING
     if not bool(real_T.all()):
-        real_P = real_T.to(token_P.device)[token_P]
-        token_P, expert_P, weight_P = token_P[real_P], expert_P[real_P], weight_P[real_P]
+        real_P = sent(real_T, token_P.device)[token_P]
+        if record.top_k is None:
+            chosen = real_P.nonzero().flatten()
+        else:  # to know how many there are nobody has to wait for a GPU
+            first = torch.sort((~real_P).to(torch.uint8), stable=True).indices
+            chosen = first[: int(real_T.sum()) * record.top_k]
+        token_P, expert_P, weight_P = token_P[chosen], expert_P[chosen], weight_P[chosen]
     count_E = torch.zeros(num_experts, dtype=torch.int64, device=token_P.device)
     count_E.scatter_add_(0, expert_P, torch.ones_like(expert_P))
     end_E = count_E.cumsum(0)
@@ -148,8 +154,7 @@ class ExpertSums:
         self._keep(pairs)
         if self.rest is not None:
             rows = inputs_PD[~self.held_E[pairs.expert_P]]
-            ends = torch.tensor([[0], [len(rows)]]).to(device)
-            add_products(self.rest, rows, ends[0], ends[1])
+            add_products(self.rest, rows, *whole_range(rows))
 
     def _make_room(self, start: int, size: int, device: torch.device) -> None:
         """Zero sums for the sets from `start` on, as many as there is room for, one at least."""
@@ -163,7 +168,7 @@ class ExpertSums:
     def _add_sets(self, inputs_PK: torch.Tensor, pairs: Pairs) -> None:
         """Products of the experts' inputs, or of down's, to the sums there are."""
         for number, total in self.sums.items():
-            experts = self.sets[number].to(inputs_PK.device)
+            experts = self.sets[number] = self.sets[number].to(inputs_PK.device)
             add_products(total, inputs_PK, pairs.begin_E[experts], pairs.end_E[experts])
 
     def _keep(self, pairs: Pairs) -> None:

@@ -37,6 +37,13 @@ def add_products(
         hessian.addmm_(rows.T, rows)
 
 
+def whole_range(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Begin and end, int64 [1], of one group of all `rows`; written where they are, so that
+    nothing waits for a GPU."""
+    begin = torch.zeros(1, dtype=torch.int64, device=rows.device)
+    return begin, torch.full_like(begin, len(rows))
+
+
 def made_symmetric(hessian_BKK: torch.Tensor) -> torch.Tensor:
     """The same tensors, what lies above their diagonals replaced by what lies below."""
     size = hessian_BKK.shape[-1]

@@ -27,10 +27,11 @@ import torch
 from torch import nn
 
 from calibration.batches import PADDING, Batch
+from models.device import sent
 from models.experts import RoutedBatch, RoutedExperts
 from models.needs import hessian_rows
 from quant.gptq import isotropic, shrink_hessian
-from quant.hessians import add_products, made_symmetric, zero_sums
+from quant.hessians import add_products, made_symmetric, whole_range, zero_sums
 
 
 class LinearInputs:
@@ -57,7 +58,7 @@ class LinearInputs:
         rows = x.reshape(len(batch.domain_T), -1)
         real_T = batch.domain_T != PADDING
         if not bool(real_T.all()):  # listed on the CPU: nothing here waits for the GPU
-            rows = rows[real_T.nonzero().flatten().to(x.device)]
+            rows = rows[sent(real_T.nonzero().flatten(), x.device)]
         low, high = torch.aminmax(rows)
         largest = torch.maximum(-low, high).float()
         self.largest[name] = torch.maximum(self.largest.get(name, largest), largest)
@@ -70,8 +71,7 @@ class LinearInputs:
         if self.with_hessian:
             if name not in self.hessian:
                 self.hessian[name] = zero_sums(1, rows.shape[1], x.device)
-            ends = torch.tensor([[0], [len(rows)]]).to(x.device)
-            add_products(self.hessian[name], rows, ends[0], ends[1])
+            add_products(self.hessian[name], rows, *whole_range(rows))
 
     def sums_of(self, name: str) -> tuple[torch.Tensor | None, int, float]:
         """(Hessian or None, rows in it, largest |x|) of a Linear; zeros for one that never ran."""

@@ -32,8 +32,6 @@ from models.writer import (
     write_shard,
 )
 
-_PINNED: list[torch.Tensor] = []
-
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -67,22 +65,59 @@ class Planned:
         return elements * DTYPE_BITS[self.dtype] // 8
 
 
-def tensor_bytes(tensor: torch.Tensor) -> bytes:
-    """The raw little-endian bytes of a tensor."""
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A tensor to write that lies on a GPU; `ready` is when it is computed."""
+
+    name: str
+    tensor: torch.Tensor
+    ready: torch.cuda.Event
+
+
+def output_of(name: str, tensor: torch.Tensor) -> OutputTensor | Computed:
+    """A computed tensor, its bytes taken now or, from a GPU, by a `Download`."""
+    if tensor.is_cuda:
+        tensor = tensor.detach().contiguous()
+        return Computed(name, tensor, torch.cuda.current_stream(tensor.device).record_event())
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    if not flat.is_cuda:
-        return flat.numpy().tobytes()
-    pinned = pinned_bytes(flat.numel())
-    pinned.copy_(flat)
-    return pinned.numpy().tobytes()
+    return with_data(name, tensor, flat.numpy().tobytes())
 
 
-def pinned_bytes(count: int) -> torch.Tensor:
-    """Bytes that the GPU copies to at full speed. Made once and reused: valid until the next call
-    (pageable memory is 8 times as slow, and to pin new memory takes longer still)."""
-    if not _PINNED or len(_PINNED[0]) < count:
-        _PINNED[:] = [torch.empty(count, dtype=torch.uint8, pin_memory=True)]
-    return _PINNED[0][:count]
+def with_data(name: str, tensor: torch.Tensor, data: bytes | memoryview) -> OutputTensor:
+    """What is to be written of a tensor whose little-endian bytes are `data`."""
+    return OutputTensor(name, SAFETENSORS_DTYPES[tensor.dtype], tuple(tensor.shape), data=data)
+
+
+class Download:
+    """Takes computed tensors from a GPU behind what it computes meanwhile, for one thread: on a
+    stream of its own and through pinned memory (pageable memory is 8 times as slow, and to pin
+    new memory for each takes longer still)."""
+
+    def __init__(self) -> None:
+        self.pinned = torch.empty(0, dtype=torch.uint8)
+        self.stream: torch.cuda.Stream | None = None
+
+    def all(self, made: dict[str, OutputTensor | Computed]) -> dict[str, OutputTensor]:
+        """The same by name, all with their bytes. `made` is emptied: a tensor goes when it has
+        come down."""
+        return {name: self._one(made.pop(name)) for name in list(made)}
+
+    def _one(self, made: OutputTensor | Computed) -> OutputTensor:
+        if isinstance(made, OutputTensor):
+            return made
+        tensor = made.tensor
+        flat = tensor.view(-1).view(torch.uint8)
+        with torch.cuda.device(tensor.device):
+            if len(self.pinned) < len(flat):
+                self.pinned = torch.empty(len(flat), dtype=torch.uint8, pin_memory=True)
+            if self.stream is None:
+                self.stream = torch.cuda.Stream()
+            with torch.cuda.stream(self.stream):
+                self.stream.wait_event(made.ready)
+                pinned = self.pinned[: len(flat)].copy_(flat, non_blocking=True)
+            self.stream.synchronize()
+        # copied by torch, which lets other threads run meanwhile, as numpy does not
+        return with_data(made.name, tensor, pinned.clone().numpy().data)
 
 
 class UnitShards:
@@ -156,6 +191,7 @@ class UnitWriter:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._running: Future[None] | None = None
+        self.download = Download()  # used by what is written, one unit after another
 
     def wait(self) -> None:
         """Until what was begun is on the disk."""

@@ -211,7 +211,7 @@ def quantize(
         walk = None
         if runs and tokens is not None:
             skeleton = Skeleton(opened.source, dtype=plan.dtype, device=device)
-            states = HiddenStates(journal.folder / "hidden", settings.memory)
+            states = HiddenStates(journal.folder / "hidden", settings.memory, journal.discard)
             walk = LayerWalk(skeleton, tokens, states, batch_tokens, processes=processes)
         run_layers(plan, walk, settings, device, journal, progress, ahead, processes)
         return processes.from_first(
@@ -365,7 +365,7 @@ def _write_unit(
     journal: Journal,
     writer: UnitWriter,
 ) -> None:
-    """Pack what was rounded, and have it written and recorded."""
+    """Pack what was rounded, and have it fetched, written and recorded."""
     writer.wait()  # one unit in memory besides this one
     made = {
         tensor.name: tensor
@@ -385,7 +385,7 @@ def _write_unit(
     }
 
     def write() -> None:
-        plan.shards.write(unit, made, journal)
+        plan.shards.write(unit, writer.download.all(made), journal)
         if not journal.done(f"rounded {unit}"):
             journal.record(f"rounded {unit}", **facts)
 

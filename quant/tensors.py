@@ -22,7 +22,7 @@ from quant.format import pack
 from quant.layer import LayerRounding
 from quant.linears import Linear
 from quant.nvfp4 import global_divisor
-from quant.output import SAFETENSORS_DTYPES, Planned, tensor_bytes
+from quant.output import SAFETENSORS_DTYPES, Computed, Planned, output_of
 from quant.schemes import FP8_BLOCK_SIDE, Scheme
 
 
@@ -74,13 +74,13 @@ class OutputTensors:
             for suffix, (dtype, shape) in parts.items():
                 yield Planned(f"{linear.module}.{suffix}", SAFETENSORS_DTYPES[dtype], shape)
 
-    def made(self, logical: str, result: LayerRounding) -> Iterator[OutputTensor]:
+    def made(self, logical: str, result: LayerRounding) -> Iterator[OutputTensor | Computed]:
         """The tensors themselves, from what rounding gave."""
         if logical not in self.linears:
             if self.source.format(logical) == "plain":
                 yield self.source.copied(logical)
             else:
-                yield made_tensor(logical, self.source.read(logical, self.dtype))
+                yield output_of(logical, self.source.read(logical, self.dtype))
             return
         parts = self._copied_parts(logical)
         if parts is not None:
@@ -97,18 +97,11 @@ class OutputTensors:
                 input_scale = global_divisor(largest)
             packed = pack(result.quantized[linear.module], scheme, input_global_scale=input_scale)
             for suffix, tensor in store(self.layout, packed, scheme, linear.module).items():
-                yield made_tensor(f"{linear.module}.{suffix}", tensor)
+                yield output_of(f"{linear.module}.{suffix}", tensor)
 
 
 def copied(info: TensorInfo, name: str) -> OutputTensor:
     """A source tensor's bytes under a name."""
     return OutputTensor(
         name, info.dtype, info.shape, (ByteRange(info.file, info.offset, info.nbytes),)
-    )
-
-
-def made_tensor(name: str, tensor: torch.Tensor) -> OutputTensor:
-    """A computed tensor."""
-    return OutputTensor(
-        name, SAFETENSORS_DTYPES[tensor.dtype], tuple(tensor.shape), data=tensor_bytes(tensor)
     )

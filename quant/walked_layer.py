@@ -56,18 +56,20 @@ def walk_layer(
         exchange.routed = shared_expert_inputs(rounder, walk, layer, sets, again)
         watching.append(exchange.routed)
     modules = loaded_modules(rounder, skeleton, layer, linears)
+    loaded = skeleton.experts.get(layer)
+    if loaded is not None:  # what the intact experts give is run only for who is fed by it
+        loaded.inputs_only = compressed and not skeleton.spec.architecture.moe.feeds_linears
     with watched(modules, inputs if exchange is None else exchange, current):
         walk.pass_through(layer, current, keep_output=not compressed, after_round=after_round)
     if exchange is not None:
         exchange.finish()
     release_freed_memory()  # running a layer and rounding it want memory in other pieces
-    loaded = skeleton.experts.get(layer)
     routed = watching[0] if watching else None
     result = round_layer(rounder, linears, processes, inputs, routed, loaded, exchange)
     if compressed:
         put_in_place(rounder, modules, result)  # experts are in place
         if loaded is not None:
-            loaded.observe = None
+            loaded.observe, loaded.inputs_only = None, False
         walk.pass_through(layer, current, keep_output=True, last_pass=True)
     skeleton.unload_layer(layer)
     walk.hidden_states.forget_from_ram(layer)

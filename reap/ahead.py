@@ -75,7 +75,7 @@ class PruneAhead:
         """Open the intact stream, behind its last snapshot."""
         self.journal = journal
         skeleton = Skeleton(self.opened.source, dtype=self.dtype, device=self.device)
-        states = HiddenStates(journal.folder / "hidden-intact", self.memory)
+        states = HiddenStates(journal.folder / "hidden-intact", self.memory, journal.discard)
         self.walk = LayerWalk(
             skeleton, self.tokens, states, self.batch_tokens, processes=self.processes
         )

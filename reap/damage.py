@@ -34,15 +34,18 @@ import torch
 
 from calibration.batches import PADDING, Batch
 from calibration.tokens import TokenSet
+from models.device import has_kernels, sent
 from models.errors import InputError
 from models.experts import RoutedBatch, RoutedExperts
 from models.processes import ALONE, Processes
 from models.skeleton import Carry, Skeleton
 from reap.routing import Router, RoutingLaw, identify
+from reap.segments import Segments
 
 SAMPLED_TOKENS = 2048
 CANDIDATES = 4  # times top_k: how far down the router's order a re-routed token is followed
-ROWS_AT_ONCE = 4096  # expert outputs computed at a time
+# Expert outputs computed at a time; every time a GPU reads all experts once.
+ROWS_AT_ONCE = {"cpu": 4096, "cuda": 32768}
 TOKENS_AT_ONCE = 1024  # of which contributions are copied at a time
 
 
@@ -107,7 +110,7 @@ class DamageCollector:
     weights: list[torch.Tensor] = field(default_factory=list)
     token_weights: list[torch.Tensor] = field(default_factory=list)
     grams: list[torch.Tensor] = field(default_factory=list)  # [E, E]: one, or one for each batch
-    pending: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    pending: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def routed(self, record: RoutedBatch, batch: Batch) -> None:
         """What the layer's experts did with a batch."""
@@ -118,59 +121,52 @@ class DamageCollector:
                 "experts (LongCat) cannot be re-routed offline; score without --damage"
             )
         device = record.outputs_PD.device
-        rows = self.rows[batch.samples].to(device)
+        order_TK = torch.argsort(record.token_P, stable=True).view(num_tokens, self.top_k)
+        expert_TK = record.expert_P[order_TK].long()
+        weights_TK = record.router_weights_P[order_TK].float()
+        rows = sent(self.rows[batch.samples], device)
         self.inputs.append(record.inputs_TD[rows])
-        place_T = torch.full((num_tokens,), -1, dtype=torch.int64, device=device)
-        place_T[rows] = torch.arange(len(rows), device=device)
-        sampled_P = place_T[record.token_P] >= 0
-        weights = torch.zeros(len(rows), self.num_experts, device=device)
-        weights[place_T[record.token_P[sampled_P]], record.expert_P[sampled_P]] = (
-            record.router_weights_P[sampled_P].float()
-        )
-        self.weights.append(weights.cpu())
-        real_T = (batch.domain_T != PADDING).to(device)
-        order_TK = torch.argsort(record.token_P, stable=True).view(num_tokens, self.top_k)[real_T]
-        products = torch.cat(
-            [_products(record, part) for part in order_TK.split(TOKENS_AT_ONCE)]
-        )  # [T, K, K]
-        self.pending = (record.expert_P[order_TK], products, real_T)
+        weights_RE = torch.zeros(len(rows), self.num_experts, device=device)
+        self.weights.append(weights_RE.scatter_(1, expert_TK[rows], weights_TK[rows]))
+        self.pending = (expert_TK, products_of(record.outputs_PD, order_TK, weights_TK))
 
     def left(self, batch: Batch, carry: Carry) -> None:
         """What left the layer for the batch `routed` saw last."""
         assert self.pending is not None
-        expert_TK, products_TKK, real_T = self.pending
+        expert_TK, products_TKK = self.pending
         self.pending = None
         hidden = carry["hidden_states"]
         hidden_TD = hidden.reshape(len(batch.domain_T), -1)
         norm_T = torch.linalg.vector_norm(hidden_TD, dim=-1, dtype=torch.float32)
         weight_T = norm_T.square().clamp_min(1e-30).reciprocal()
-        self.token_weights.append(weight_T[self.rows[batch.samples].to(hidden.device)].cpu())
-        weighted = products_TKK * weight_T[real_T][:, None, None]
-        cell = (expert_TK[:, :, None] * self.num_experts + expert_TK[:, None, :]).cpu()
-        # on the CPU, as all sums (reap/sums.py): a GPU's scatter-add is not reproducible
-        total = torch.bincount(
-            cell.flatten(), weighted.cpu().double().flatten(), minlength=self.num_experts**2
-        )
+        self.token_weights.append(weight_T[sent(self.rows[batch.samples], hidden.device)])
+        weighted_TKK = (products_TKK * weight_T[:, None, None]).double()
+        padding_T = sent(batch.domain_T == PADDING, hidden.device)  # may hold anything
+        weighted_TKK.masked_fill_(padding_T[:, None, None], 0.0)
+        cells = (expert_TK[:, :, None] * self.num_experts + expert_TK[:, None, :]).flatten()
+        if cells.is_cuda:
+            segments = Segments.of(cells, self.num_experts**2)
+            total = segments.reduced(weighted_TKK.flatten(), "sum")
+        else:
+            total = torch.bincount(cells, weighted_TKK.flatten(), minlength=self.num_experts**2)
+        total = total.view(self.num_experts, -1)
         if self.processes.size > 1 or not self.grams:
-            self.grams.append(self._no_gram())
-        self.grams[-1] += total.view(self.num_experts, -1)
-
-    def _no_gram(self) -> torch.Tensor:
-        return torch.zeros(self.num_experts, self.num_experts, dtype=torch.float64)
+            self.grams.append(total)
+        else:
+            self.grams[-1] += total
 
     def gather(self) -> None:
         """Bring what all processes collected together, in the order of the batches."""
         if self.processes.size > 1:
             self.inputs = self.processes.gather_dealt([rows.cpu() for rows in self.inputs])
-            self.weights = self.processes.gather_dealt(self.weights)
-            self.token_weights = self.processes.gather_dealt(self.token_weights)
-            self.grams = self.processes.gather_dealt(self.grams)
+            for parts in (self.weights, self.token_weights, self.grams):
+                parts[:] = self.processes.gather_dealt([part.cpu() for part in parts])
 
     @torch.inference_mode()
     def finish(self, skeleton: Skeleton) -> LayerDamage:
         """The statistics, while the layer is loaded. InputError when its router is not known."""
         inputs_RD = torch.cat(self.inputs).to(skeleton.device)
-        weights_RE = torch.cat(self.weights)
+        weights_RE = torch.cat(self.weights).cpu()
         router = self._router(skeleton, inputs_RD, weights_RE)
         zero_to_all = torch.ones(self.num_experts, dtype=torch.bool)
         choice_RE = router.law.probabilities(router.logits_NE, zero_to_all) + router.bias_E
@@ -197,8 +193,8 @@ class DamageCollector:
             weights_RE=weights_RE,
             candidates_RC=candidates_RC.to(torch.int16),
             products_RCC=products_RCC,
-            token_weight_R=torch.cat(self.token_weights),
-            gram_EE=sum(self.grams, self._no_gram()),
+            token_weight_R=torch.cat(self.token_weights).cpu(),
+            gram_EE=sum(self.grams[1:], self.grams[0]).cpu(),
             norm_sq_E=(sum_E / count_E.clamp_min(1)).float(),
         )
 
@@ -227,7 +223,7 @@ class DamageCollector:
         self, experts: RoutedExperts, inputs_RD: torch.Tensor, candidates_RC: torch.Tensor
     ) -> torch.Tensor:
         count = candidates_RC.shape[1]
-        block = max(1, ROWS_AT_ONCE // count)
+        block = max(1, ROWS_AT_ONCE[inputs_RD.device.type] // count)
         products = []
         for inputs_BD, ids_BC in zip(
             inputs_RD.split(block), candidates_RC.to(inputs_RD.device).split(block), strict=True
@@ -242,8 +238,19 @@ class DamageCollector:
         return torch.cat(products)
 
 
-def _products(record: RoutedBatch, order_TK: torch.Tensor) -> torch.Tensor:
-    """Inner products of the weighted contributions of some tokens, float32 [T, K, K]."""
-    outputs_TKD = record.outputs_PD[order_TK].float()
-    outputs_TKD = outputs_TKD * record.router_weights_P[order_TK].float().unsqueeze(-1)
-    return outputs_TKD @ outputs_TKD.mT
+def products_of(
+    outputs_PD: torch.Tensor, order_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """Inner products of the weighted contributions of each token, float32 [T, K, K]; row
+    `order_TK[t, k]` of `outputs_PD` is what its choice k gave."""
+    if has_kernels(outputs_PD) and outputs_PD.element_size() == 2:
+        from reap.kernels.gram import weighted_products
+
+        return weighted_products(outputs_PD, order_TK, weights_TK)
+    found = []
+    for order, weights in zip(
+        order_TK.split(TOKENS_AT_ONCE), weights_TK.split(TOKENS_AT_ONCE), strict=True
+    ):
+        outputs_TKD = outputs_PD[order].float() * weights.unsqueeze(-1)
+        found.append(outputs_TKD @ outputs_TKD.mT)
+    return torch.cat(found)

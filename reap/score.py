@@ -27,6 +27,7 @@ from calibration.packing import check_packable
 from calibration.resume import Finish, walk_layers
 from calibration.stream import BatchObserver, LayerWalk
 from calibration.tokens import TokenSet
+from models.device import sent
 from models.errors import InputError
 from models.experts import RoutedBatch
 from models.journal import Journal, write_atomically
@@ -179,7 +180,7 @@ def _run_layers(
     """Every layer's sums, in files of the job's folder."""
     device, dtype, batch_tokens = how
     skeleton = Skeleton(opened.source, dtype=dtype, device=device)
-    states = HiddenStates(journal.folder / "hidden", settings.memory)
+    states = HiddenStates(journal.folder / "hidden", settings.memory, journal.discard)
     walk = LayerWalk(
         skeleton, tokens, states, batch_tokens, pack=settings.pack, processes=processes
     )
@@ -234,7 +235,7 @@ def summing(stats: LayerStats) -> Callable[[RoutedBatch, Batch], None]:
     """The observer that adds what a batch's experts did to `stats`."""
 
     def add(record: RoutedBatch, batch: Batch) -> None:
-        domain_P = batch.domain_T.to(record.token_P.device, non_blocking=True)[record.token_P]
+        domain_P = sent(batch.domain_T, record.token_P.device)[record.token_P]
         norms_P = row_norms(record.outputs_PD) if record.norms_P is None else record.norms_P
         weights_P = record.router_weights_P.double()
         if record.weights_applied_to_input:

@@ -14,10 +14,9 @@ Sums were chosen over means: they add up over batches, machines and domains, and
 changed after the expensive pass. All arithmetic is float64: products of two float32 values are
 exact in it, and only the additions round.
 
-On the CPU they are added in the order of the records. A GPU's scatter-add is not reproducible, so
-there pairs are sorted by cell (domain, expert) and each cell is one segment of a reduction: the
-same pairs give the same bits, equal to the CPU's but for the order of additions, and nothing waits
-for the GPU until the layer is done.
+On the CPU they are added in the order of the records; on a GPU cell by cell (domain, expert), as
+reap/segments.py says: the same pairs give the same bits, equal to the CPU's but for the order of
+additions, and nothing waits for the GPU until the layer is done.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ import torch
 
 from calibration.batches import PADDING
 from models.errors import InputError
+from reap.segments import Segments
 
 # E experts, M domains, P routed (token, expert) pairs, N tokens routed to one expert
 
@@ -157,18 +157,12 @@ class LayerStats:
         self, cell_P: torch.Tensor, weights_P: torch.Tensor, norms_P: torch.Tensor
     ) -> None:
         shape = self.sums.count.shape
-        sorted_P, order_P = torch.sort(cell_P, stable=True)
-        ends = torch.searchsorted(sorted_P, torch.arange(shape.numel() + 1, device=cell_P.device))
-
-        def reduced(values_P: torch.Tensor, how: str) -> torch.Tensor:
-            found = torch.segment_reduce(values_P, how, offsets=ends, initial=0.0, unsafe=True)
-            return found.view(shape)
-
-        weights_P, norms_P = weights_P[order_P], norms_P[order_P]
-        self.sums.count.add_(ends.diff().view(shape))
+        segments = Segments.of(cell_P, shape.numel())
+        self.sums.count.add_(segments.count().view(shape))
         for total, values_P in self._addends(weights_P, norms_P):
-            total.add_(reduced(values_P, "sum"))
-        torch.maximum(self.sums.norm_max, reduced(norms_P, "max"), out=self.sums.norm_max)
+            total.add_(segments.reduced(values_P, "sum").view(shape))
+        largest = segments.reduced(norms_P, "max").view(shape)
+        torch.maximum(self.sums.norm_max, largest, out=self.sums.norm_max)
 
     def _addends(
         self, weights_P: torch.Tensor, norms_P: torch.Tensor

@@ -171,3 +171,18 @@ def test_write_atomically_replaces_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     with pytest.raises(InputError, match="cannot be written"):
         write_atomically(path / "below", b"")
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_what_is_discarded_is_gone_when_the_job_is_let_go(tmp_path, complete):
+    journal = Journal.open(tmp_path, {"command": "a"})
+    for name in ("old", "older"):
+        (journal.folder / name).mkdir()
+        for number in range(50):
+            (journal.folder / name / str(number)).write_bytes(b"x" * 1000)
+        journal.discard(journal.folder / name)
+    journal.discard(journal.folder / "old")  # twice, or what was never there
+    journal.close(complete)
+    assert not (tmp_path / ".thresher" / "old").exists()
+    assert not (tmp_path / ".thresher" / "older").exists()
+    assert (tmp_path / ".thresher").exists() == (not complete)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from threading import Event
 
 import pytest
+import torch
 
 from models.errors import InputError
-from quant.output import UnitWriter
+from models.writer import OutputTensor
+from quant.output import Download, UnitWriter, output_of
 
 
 def failing() -> None:
@@ -58,3 +60,25 @@ def test_what_failed_first_is_what_is_raised() -> None:
 
     with pytest.raises(ZeroDivisionError):
         work()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a CUDA device")
+def test_what_comes_from_a_gpu_is_what_was_computed() -> None:
+    """Behind work that is still queued, in sizes up and down, through one piece of memory."""
+    tensors, made = {}, {}
+    for number, size in enumerate([5, 1 << 22, 300, 1 << 23, 1]):
+        busy = torch.randn(4096, 4096, device="cuda")
+        for _ in range(10):
+            busy = (busy @ busy).clamp(-1, 1)
+        name = f"tensor {number}"
+        tensors[name] = torch.arange(size, device="cuda").add_(busy[0, 0].long()).bfloat16()
+        made[name] = output_of(name, tensors[name])
+    plain = output_of("plain", torch.ones(3))
+    assert isinstance(plain, OutputTensor)
+    download = Download()
+    found = download.all({**made, "plain": plain})
+    assert found.pop("plain") == plain
+    for name, tensor in tensors.items():
+        assert found[name].data == tensor.cpu().view(torch.uint8).numpy().tobytes()
+        assert (found[name].dtype, found[name].shape) == ("BF16", tuple(tensor.shape))

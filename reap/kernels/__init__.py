@@ -1,0 +1,1 @@
+"""Scoring on a GPU, in Triton. Imported only where tensors are on CUDA."""
