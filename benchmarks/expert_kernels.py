@@ -11,7 +11,8 @@ adds what puts routed pairs into blocks.
         [--kernels triton humming] [--tune] [--layer] [--out FILE.json]
 
 --layer times a whole expert layer through the runtime (router, PackedExperts) in a CUDA graph
-beside the sum of its kernels, as the profiler has them. --tune tries blocks of other sizes. Needs
+beside the sum of its kernels, as the profiler has them; with --formats and no name behind it, that
+alone. --tune tries blocks of other sizes. Needs
 about 25 GB of GPU memory.
 """
 
@@ -350,7 +351,7 @@ def kernel_seconds(
 def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--formats", nargs="+", default=["W3", "W4", "NVFP4", "FP8"])
+    parser.add_argument("--formats", nargs="*", default=["W3", "W4", "NVFP4", "FP8"])
     parser.add_argument("--kernels", nargs="+", default=["triton", "humming"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 512])
     parser.add_argument("--tune", action="store_true")
@@ -364,7 +365,8 @@ def main() -> None:
     )
     report = Report(bandwidth)
     with torch.inference_mode():
-        compare(report, options)
+        if options.formats:
+            compare(report, options)
         if options.layer:
             whole_layer(options)
     if options.out:

@@ -145,7 +145,7 @@ class DamageCollector:
         weighted_TKK.masked_fill_(padding_T[:, None, None], 0.0)
         cells = (expert_TK[:, :, None] * self.num_experts + expert_TK[:, None, :]).flatten()
         if cells.is_cuda:
-            segments = Segments.of(cells, self.num_experts**2)
+            segments = Segments.of(cells.int(), self.num_experts**2)
             total = segments.reduced(weighted_TKK.flatten(), "sum")
         else:
             total = torch.bincount(cells, weighted_TKK.flatten(), minlength=self.num_experts**2)
@@ -216,7 +216,7 @@ class DamageCollector:
                 f"layer {self.layer}: no router weight of shape [{self.num_experts}, "
                 f"{inputs_RD.shape[1]}] is stored; score without --damage"
             )
-        logits_RE = inputs_RD.float().cpu() @ matrix.T
+        logits_RE = (inputs_RD.float() @ matrix.T.to(inputs_RD.device)).cpu()
         return identify(skeleton.spec, self.layer, logits_RE, vectors, weights_RE)
 
     def _candidate_products(

@@ -33,6 +33,7 @@ from models.errors import InputError
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
 # Tokens whose experts the law must reproduce: near-ties of bfloat16 logits differ in float32.
 LEAST_AGREEMENT = 0.9
+SCREENING_ROWS = 256
 MOST_WEIGHT_ERROR = 0.02  # relative, in the median: bfloat16 weights are rounded by up to 0.004
 
 
@@ -120,6 +121,7 @@ def identify(
     for vector_E in vectors.values():
         biases += [(logits_NE, vector_E), (logits_NE + vector_E, zero_E)]
     found: list[tuple[float, float, Router]] = []
+    some = slice(None, None, max(1, len(logits_NE) // SCREENING_ROWS))
     for logits, bias_E in biases:
         for score in get_args(Score):
             for normalises in (True, False):
@@ -132,6 +134,11 @@ def identify(
                     topk_groups=spec.topk_groups if spec.num_groups > 1 else 1,
                     group_top=spec.architecture.moe.group_top,
                 )
+                _, agreement, error = _fit(
+                    *law.route(logits[some], bias_E, every_E), weights_NE[some]
+                )
+                if agreement < LEAST_AGREEMENT / 2 or error > 4 * MOST_WEIGHT_ERROR:
+                    continue  # far off: not worth all rows
                 ids_NK, found_NK = law.route(logits, bias_E, every_E)
                 scale, agreement, error = _fit(ids_NK, found_NK, weights_NE)
                 if agreement >= LEAST_AGREEMENT and error <= MOST_WEIGHT_ERROR:

@@ -87,6 +87,7 @@ def random_batches(weighted: bool) -> tuple[list[tuple[RoutedBatch, Batch]], tor
             outputs_PD=torch.empty(0),
             weights_applied_to_input=weighted,
             inputs_PD=None if weighted else inputs[token_P],
+            top_k=None if weighted else K,
         )
         domain_T = torch.where(real_T, 0, PADDING).to(torch.uint8)
         batch = Batch((0,), (tokens,), torch.zeros(1, tokens, dtype=torch.int64), None, domain_T)

@@ -13,7 +13,7 @@ from runtime import choice
 from runtime.compiled_tiles import CompiledTiles
 from runtime.kernel import TorchKernel
 from runtime.kernel_check import KernelCheck, excerpt
-from runtime.load import load_model
+from runtime.load import LoadSettings, load_model
 from runtime.packed import PackedWeights
 from tests.runtime.oracle import quantized_qwen, random_weights
 from tests.runtime.test_kernel import BF16, STORAGES, fp8, integer, nvfp4
@@ -128,11 +128,12 @@ def test_a_model_is_not_loaded_with_a_kernel_that_lies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = quantized_qwen("W4A16", tmp_path)
+    settings = LoadSettings(device="cpu")
     monkeypatch.setattr(choice, "TorchKernel", Checked)
-    load_model(path)
+    load_model(path, settings)
     monkeypatch.setattr(choice, "TorchKernel", OneWrongOutput)
     with pytest.raises(InputError, match=r"W4A16 .* multiply wrongly on this CPU"):
-        load_model(path)
+        load_model(path, settings)
 
 
 def test_triton_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,8 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
         # half of a bfloat16's last place is at most 2^-8 of its value
         assert error < (2**-8 if DEVICE.type == "cuda" else 5e-3), float(error)
         if DEVICE.type == "cuda":
-            assert (found == expected.to(BF16)).double().mean() > 0.98
+            # a sum near the middle between two numbers may go the other way: 1 of 50, or one or two
+            assert (found != expected.to(BF16)).sum() <= max(2, found.numel() // 50)
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=IDS)
