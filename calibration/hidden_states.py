@@ -17,6 +17,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -25,6 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from models.errors import InputError
+
+WRITERS = 3  # threads of a snapshot
 
 Carry = dict[str, torch.Tensor]
 
@@ -138,9 +141,9 @@ class HiddenStates:
 
         Returns the digest of each batch's file, for the journal.
         """
-        for (held_layer, batch), carry in sorted(self.held.items()):
-            if held_layer == layer:
-                self._write(layer, batch, carry)
+        own = [batch for held_layer, batch in sorted(self.held) if held_layer == layer]
+        with ThreadPoolExecutor(WRITERS) as pool:  # one is summed up while another is flushed
+            list(pool.map(lambda batch: self._write(layer, batch, self.held[layer, batch]), own))
         return [value for (entered, _), value in sorted(self.digests.items()) if entered == layer]
 
     def forget_before(self, layer: int) -> None:

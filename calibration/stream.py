@@ -198,16 +198,18 @@ def check_finite(layer: int, finite: list[torch.Tensor]) -> None:
 
 
 class SnapshotClock:
-    """Says when hidden states are worth saving: when the work since the last time exceeds ten
-    times what saving took, so that saving costs a tenth at most and a kill loses little."""
+    """Says when hidden states are worth saving: when what saving took last time is less than
+    `share` of the work since, so that it costs that share at most and a kill loses little. A job
+    that saves two streams halves it for each."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: float = 0.1) -> None:
+        self.share = share
         self.last_cost = 0.0
         self.since = time.monotonic()
 
     def due(self) -> bool:
         """True when a snapshot should be taken now."""
-        return time.monotonic() - self.since >= 10 * self.last_cost
+        return (time.monotonic() - self.since) * self.share >= self.last_cost
 
     def took(self, seconds: float) -> None:
         """Note what the snapshot cost; its end starts the next interval."""

@@ -4,12 +4,15 @@ Projections, not promises: amounts of work from the model's numbers, divided by 
 rates (models/machines.py). With D hidden, F intermediate, E experts, T tokens, for each layer
 
     forward    T (2 active parameters + 2 S heads (d_qk + d_v)) / forward_flops
-    Hessians   2 (T top_k (D^2 + F^2) + sum over inputs of other Linears of R K^2) / hessian_flops
+    inputs     the same without routed experts, and min(T, T_kept) through their gates and ups
+    Hessians   2 (top_k (T D^2 + T_kept F^2) + sum over other inputs of R K^2) / hessian_flops
     solving    sum over matrices of K^3 / factor_cubed + N K (round + sweeps * sweep)
 
-with S tokens a sample and R = min(T, `hessian_rows`). Reading runs ahead of computing, so a layer
-takes the longer of the two; what is written is not hidden. `compress` scores and rounds in one
-walk: one forward of the intact model, two of the cut one.
+with S tokens a sample, R = min(T, `hessian_rows`) and T_kept the tokens whose inputs are kept for
+down's Hessians. Reading runs ahead of computing and writing behind it, so a layer takes the longer
+of both and computing. `compress` scores and rounds in one walk: one forward of the intact model,
+one of the cut one for its matrices' inputs and one of the rounded one. What makes a job resumable
+takes a tenth more.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from models.sizes import Storage, bytes_in, largest_layer
 SAMPLE = 2048
 CALIBRATION_TOKENS = 1360 * SAMPLE  # the code-tools-swe mix
 SWEEPS = 1  # of refinement on a GPU
+SNAPSHOTS = 1.1  # `SnapshotClock` spends a tenth at most
 SLACK = 1.1  # memory that an allocator holds beyond what is in use
 CONTEXT = 0.6e9  # bytes of a CUDA context
 PLAIN = Storage("bfloat16")
@@ -57,7 +61,8 @@ def needs(
     host = machine.process_bytes + machine.ring_bytes + largest_layer(after, goal)
     scoring = forward_seconds(inventory, tokens, machine) + source / machine.upload_bytes
     rounding = (
-        2 * forward_seconds(after, tokens, machine)
+        forward_seconds(after, tokens, machine)
+        + input_seconds(after, tokens, machine)
         + hessian_seconds(after, tokens, machine)
         + solve_seconds(after, machine)
         + pruned / machine.upload_bytes
@@ -72,7 +77,7 @@ def needs(
             host=round(machine.process_bytes + machine.ring_bytes + hidden),
             disk=0,
             spill=hidden,
-            seconds=max(source / machine.read_bytes, scoring),
+            seconds=SNAPSHOTS * max(source / machine.read_bytes, scoring),
         ),
         "prune": Need(
             device=0,
@@ -86,15 +91,15 @@ def needs(
             host=round(host + hidden),
             disk=written,
             spill=hidden,
-            seconds=max(pruned / machine.read_bytes, rounding + fixed) + writing,
+            seconds=SNAPSHOTS * max(pruned / machine.read_bytes + writing, rounding + fixed),
         ),
         "compress": Need(
             device=max(score_device, quantize_device),
             host=round(host + machine.ring_bytes + 2 * hidden),
             disk=written,
             spill=2 * hidden,
-            seconds=max((source + pruned) / machine.read_bytes, scoring + rounding + fixed)
-            + writing,
+            seconds=SNAPSHOTS
+            * max((source + pruned) / machine.read_bytes + writing, scoring + rounding + fixed),
         ),
     }
 
@@ -117,14 +122,32 @@ def layer_matrices(inventory: Inventory) -> list[Weight]:
 
 def forward_seconds(inventory: Inventory, tokens: int, machine: Machine) -> float:
     """Every token through every layer once."""
-    spec, active = inventory.spec, 0.0
+    active = sum(active_parameters(inventory).values())
+    return tokens * (2 * active + attention_flops(inventory)) / machine.forward_flops
+
+
+def input_seconds(inventory: Inventory, tokens: int, machine: Machine) -> float:
+    """The pass for the inputs of matrices, and what downs are fed."""
+    active = active_parameters(inventory)
+    if inventory.spec.architecture.moe.feeds_linears:  # what experts give is wanted after all
+        return forward_seconds(inventory, tokens, machine)
+    kept = min(tokens, machine.kept_bytes / (2 * inventory.spec.hidden_size))
+    flops = tokens * (2 * active["rest"] + attention_flops(inventory))
+    return (flops + kept * 2 * active["up"]) / machine.forward_flops
+
+
+def active_parameters(inventory: Inventory) -> Mapping[str, float]:
+    """Parameters of the layers' matrices that a token meets: of experts' gates and ups, their
+    downs, and the rest."""
+    spec, active = inventory.spec, {"up": 0.0, "down": 0.0, "rest": 0.0}
     for weight in layer_matrices(inventory):
-        share = 1.0
         if weight.kind == "expert" and weight.layer is not None:
             experts = spec.num_experts_of(weight.layer)
-            share = min(spec.top_k, experts) / experts
-        active += share * weight.parameters
-    return tokens * (2 * active + attention_flops(inventory)) / machine.forward_flops
+            role = "down" if "down_proj" in weight.path else "up"
+            active[role] += min(spec.top_k, experts) / experts * weight.parameters
+        else:
+            active["rest"] += weight.parameters
+    return active
 
 
 def hessian_rows(columns: int) -> int:
@@ -134,11 +157,12 @@ def hessian_rows(columns: int) -> int:
 
 
 def hessian_seconds(inventory: Inventory, tokens: int, machine: Machine) -> float:
-    """Adding x xᵀ of every token for every Linear; those of one module that are equally wide (q, k
-    and v; gate and up) share their inputs."""
+    """Adding x xᵀ: for experts' gates and ups of every token, for other Linears of `hessian_rows`;
+    those of one module that are equally wide (q, k and v; gate and up) share their inputs."""
     spec = inventory.spec
-    squares = spec.hidden_size**2 + spec.expert_intermediate**2
-    total = tokens * min(spec.top_k, spec.num_experts) * len(spec.moe_layers) * squares
+    pairs = min(spec.top_k, spec.num_experts) * len(spec.moe_layers)
+    kept = min(tokens, machine.kept_bytes / (2 * spec.hidden_size))
+    total = pairs * (tokens * spec.hidden_size**2 + kept * spec.expert_intermediate**2)
     inputs = {
         (weight.layer, weight.path.rpartition(".")[0].rpartition(".")[0], weight.shape[1])
         for weight in layer_matrices(inventory)

@@ -298,7 +298,7 @@ def run_layers(
     )
     num_layers = plan.opened.spec.num_layers
     begin = 0 if walk is None else begin_at(walk, journal, "hidden")
-    clock = SnapshotClock()
+    clock = SnapshotClock(0.1 if ahead is None else 0.05)
     units = list(plan.by_unit)
     last_ranges: Mapping[str, float] = {}  # of the last layer's inputs; its weights are let go
     with UnitWriter() as writer:

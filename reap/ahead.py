@@ -55,7 +55,7 @@ class PruneAhead:
     walk: LayerWalk | None = None
     journal: Journal | None = None
     next_layer: int = 0
-    clock: SnapshotClock = field(default_factory=SnapshotClock)
+    clock: SnapshotClock = field(default_factory=lambda: SnapshotClock(0.05))
     damage: DamageWatch | None = None
     errors: dict[str, float] = field(default_factory=dict)
 
