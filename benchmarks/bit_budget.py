@@ -36,7 +36,8 @@ from evals.fidelity import EvalSettings, evaluate_all
 from evals.part_damage import Damage, part_damage, some_samples
 from models.opening import OpenModel, open_model
 from quant.budget import Menu, Part, menu_of, recipe_text, share_out
-from quant.quantize import Method, QuantizeSettings, quantize
+from quant.quantize import quantize
+from quant.quantize_plan import Method, QuantizeSettings
 from quant.recipe_files import load_recipe
 from quant.schemes import scheme_with
 

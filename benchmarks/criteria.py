@@ -33,7 +33,8 @@ from calibration.tokens import TokenSet
 from cli.token_sets import token_set
 from evals.fidelity import EvalSettings, evaluate_all
 from models.opening import OpenModel, open_model
-from quant.quantize import QuantizeSettings, quantize
+from quant.quantize import quantize
+from quant.quantize_plan import QuantizeSettings
 from quant.recipes import uniform
 from quant.schemes import scheme_with
 from quant.verify import verify_checkpoint

@@ -23,7 +23,8 @@ from calibration.stream import LayerWalk
 from models.journal import Journal
 from models.processes import ALONE
 from reap.damage import SAMPLED_TOKENS
-from reap.score import DamageWatch, summing_batches
+from reap.damage_watch import DamageWatch
+from reap.score import summing_batches
 from reap.shared_sums import SharedSums
 
 

@@ -65,7 +65,8 @@ from models.checkpoint import Checkpoint
 from models.families import spec_of
 from models.opening import open_model
 from models.source_formats import Source
-from quant.quantize import QuantizeSettings, quantize
+from quant.quantize import quantize
+from quant.quantize_plan import QuantizeSettings
 from quant.recipes import uniform
 from quant.schemes import SCHEMES, Scheme
 

@@ -25,8 +25,9 @@ from calibration.tokens import TokenSet
 from models.device import sent
 from models.errors import InputError
 from models.experts import RoutedBatch
+from models.layer_slot import Carry, LayerCall
 from models.processes import ALONE, Processes
-from models.skeleton import Carry, LayerCall, Skeleton
+from models.skeleton import Skeleton
 
 BatchObserver = Callable[[RoutedBatch, Batch], None]
 CarryObserver = Callable[[Batch, Carry], None]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from models.processes import Processes
     from models.progress import Progress
     from quant.budget import Menu, Part
-    from quant.quantize import QuantizeSettings
+    from quant.quantize_plan import QuantizeSettings
     from quant.recipes import Recipe
     from quant.schemes import Scheme
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from calibration.tokens import TokenSet
     from models.opening import OpenModel
     from models.processes import Processes
-    from quant.quantize import QuantizeSettings
+    from quant.quantize_plan import QuantizeSettings
     from reap.ahead import PruneAhead
     from reap.quotas import GroupMode
 
@@ -97,7 +97,8 @@ def compress(
         from models.checkpoint import load_config
         from models.families import spec_of
         from models.opening import open_model
-        from quant.quantize import QuantizeSettings, quantize
+        from quant.quantize import quantize
+        from quant.quantize_plan import QuantizeSettings
         from quant.verify import verify_checkpoint
         from reap.criteria import AUTO, check_criterion
         from reap.quotas import resolve_keep

@@ -172,7 +172,8 @@ def quantize_one(
 ) -> None:
     """Write a pruned checkpoint in a format and verify it. VerificationError when it is wrong."""
     from models.opening import open_model
-    from quant.quantize import QuantizeSettings, quantize
+    from quant.quantize import quantize
+    from quant.quantize_plan import QuantizeSettings
     from quant.recipes import uniform
     from quant.schemes import SCHEMES
     from quant.verify import verify_checkpoint

@@ -100,8 +100,8 @@ def quantize(
         shown(quiet or not processes.is_first) as progress,
     ):
         from models.opening import open_model
-        from quant.quantize import QuantizeSettings
         from quant.quantize import quantize as quantize_model
+        from quant.quantize_plan import QuantizeSettings
         from quant.verify import verify_checkpoint
         from quant.whole_model import quantize_whole
 

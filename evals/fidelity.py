@@ -35,12 +35,13 @@ from calibration.tokens import TokenSet
 from evals.tally import Tally
 from models.errors import InputError
 from models.journal import json_bytes
+from models.layer_slot import Carry
 from models.manifest import versions, write_manifest
 from models.opening import OpenModel, compute_device, compute_dtype, open_model
 from models.processes import ALONE, Processes
 from models.progress import Progress, Step, silent
 from models.shared_journal import open_journal
-from models.skeleton import Carry, Skeleton
+from models.skeleton import Skeleton
 from models.writer import write_file
 
 CHUNK_BYTES = 64 * 2**20  # of float32 log-probabilities held at a time, for each model

@@ -46,7 +46,8 @@ from models.progress import Progress, Step, silent
 from models.skeleton import Skeleton
 from models.writer import write_file
 from quant.budget import Menu, Part
-from quant.layer import LayerRounder, LayerRounding
+from quant.layer import LayerRounder
+from quant.layer_rounding import LayerRounding
 from quant.recipes import uniform
 from quant.schemes import Scheme
 from quant.walked_layer import loaded_modules, put_in_place

@@ -131,7 +131,7 @@ def take(spec: ModelSpec) -> Inventory:
     """
     import torch
 
-    from models.skeleton import meta_model
+    from models.meta_model import meta_model
 
     stored = str(spec.text.get("dtype") or spec.text.get("torch_dtype")).removeprefix("torch.")
     dtypes = {"float32": torch.float32, "float16": torch.float16}

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from models.experts import Observer, RoutedExperts
-from models.skeleton import Carry, Skeleton, empty
+from models.layer_slot import Carry
+from models.meta_model import empty
+from models.skeleton import Skeleton
 
 
 def runnable_mtp_layers(skeleton: Skeleton) -> tuple[int, ...]:

@@ -22,8 +22,7 @@ pyproject.toml pins the versions it was tested with.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -42,74 +41,14 @@ from models.architecture import ModelSpec
 from models.device import has_kernels
 from models.errors import InputError
 from models.expert_weights import check_finite, load_expert_weights
-from models.experts import InputWeightedBlock, Observer, RoutedExperts
+from models.experts import Observer, RoutedExperts
 from models.fp8_upload import Fp8Upload
+from models.input_weighted import InputWeightedBlock
+from models.layer_slot import Carry, LayerCall, LayerSlot, ZeroEmbedding
 from models.memory import release_freed_memory
+from models.meta_model import empty, meta_model
 from models.source_formats import Source
 from models.sparse_attention import Indexer
-
-Carry = dict[str, torch.Tensor]  # "hidden_states" and what the family hands on besides
-
-
-@dataclass(frozen=True, slots=True)
-class LayerCall:
-    """The arguments transformers' forward gives one decoder layer, hidden states left out."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """Every tensor among them, however deep."""
-        waiting: list[Any] = [*self.args, *self.kwargs.values()]
-        while waiting:
-            value = waiting.pop()
-            if isinstance(value, torch.Tensor):
-                yield value
-            elif isinstance(value, Mapping):
-                waiting.extend(value.values())
-            elif isinstance(value, (tuple, list)):
-                waiting.extend(value)
-
-
-class LayerSlot(nn.Module):
-    """Stands where a decoder layer was; see the module docstring."""
-
-    def __init__(self, layer: nn.Module, carry_names: tuple[str, ...]) -> None:
-        super().__init__()
-        self._layer = (layer,)  # a tuple hides its parameters from state_dict
-        self.carry_names = carry_names
-        self.seen: LayerCall | None = None
-        self.hidden_seen: torch.Tensor | None = None
-        self.returns: Carry | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:  # what forward asks of a layer, such as nemotron's block_type
-            return getattr(self.__dict__["_layer"][0], name)
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Keep the arguments; return the hidden states given, or `returns`."""
-        self.seen, self.hidden_seen = LayerCall(args, kwargs), hidden_states
-        carry = self.returns or {"hidden_states": hidden_states}
-        if not self.carry_names:
-            return carry["hidden_states"]
-        return (carry["hidden_states"], *(carry.get(name) for name in self.carry_names))
-
-
-class ZeroEmbedding(nn.Module):
-    """Token ids -> zeros [B, S, D]: only shapes matter while calls are recorded."""
-
-    def __init__(self, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self.hidden_size, self.dtype = hidden_size, dtype
-        self.weight = torch.empty(0, device=device)  # Llama-4 asks it where to put token ids
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """int [B, S] -> [B, S, D]."""
-        return torch.zeros(
-            (*input_ids.shape, self.hidden_size), dtype=self.dtype, device=input_ids.device
-        )
 
 
 class Skeleton:
@@ -443,42 +382,6 @@ class Skeleton:
         finally:
             self.slots[-1].returns = None
             self.model.set_input_embeddings(self.embedding)
-
-
-def empty(module: nn.Module) -> None:
-    """Send parameters and stored buffers of a module back to the meta device."""
-    for owner in module.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None:
-                owner._parameters[name] = nn.Parameter(
-                    torch.empty_like(parameter, device="meta"), requires_grad=False
-                )
-        for name, buffer in owner._buffers.items():
-            if buffer is not None and name not in owner._non_persistent_buffers_set:
-                owner._buffers[name] = torch.empty_like(buffer, device="meta")
-
-
-def meta_model(spec: ModelSpec, dtype: torch.dtype, attention: str | None) -> Any:
-    """transformers' causal LM of this config, without weights. Remote code is never run."""
-    arch = spec.architecture
-    settings = {
-        key: value
-        for key, value in spec.text.items()
-        if key not in ("quantization_config", "auto_map", "model_type", "architectures")
-    }
-    config_class = transformers.CONFIG_MAPPING[arch.transformers_type]
-    try:
-        config = config_class.from_dict(settings)
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
-            )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(
-            f"transformers {transformers.__version__} refuses config.json as "
-            f"{arch.transformers_type}: {' '.join(str(error).split())}"
-        ) from error
-    return model.eval().requires_grad_(False)
 
 
 def _names_by_part(spec: ModelSpec, names: Mapping[str, str]) -> dict[Any, list[str]]:

@@ -30,7 +30,7 @@ from quant.config import patterns
 from quant.export import stored
 from quant.linears import Linear
 from quant.output import SAFETENSORS_DTYPES, Planned
-from quant.quantize import Method, QuantizeSettings, plan_quantization
+from quant.quantize_plan import Method, QuantizeSettings, plan_quantization
 from quant.recipe_files import MODIFIERS
 from quant.recipes import uniform
 from quant.schemes import SCHEMES, Scheme

@@ -12,20 +12,18 @@ Legend: B experts rounded together, N tokens of one expert, D hidden, F intermed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from models.device import has_kernels
 from models.experts import RoutedExperts
-from models.fp8_upload import Fp8Matrix, Fp8Upload, fp8_matrix
 from models.source_formats import Source
+from quant.expert_linears import ExpertLinears, experts_of, widest_of
 from quant.fused import fused_sets
 from quant.gptq import GptqSettings, gptq
 from quant.inputs import ExpertInputs, Fed, LinearInputs
+from quant.layer_rounding import LayerRounding
+from quant.layer_weights import LayerWeights
 from quant.linears import Linear
 from quant.nvfp4 import global_divisor
 from quant.rounding import round_to_nearest
@@ -33,51 +31,9 @@ from quant.schemes import Quantized, Scheme, dequantize
 
 HESSIAN_BYTES_AT_ONCE = 1 << 30
 MOST_AT_ONCE = 32  # experts
-READERS = 4  # threads that read weights for a GPU
 # Of a GPU's memory the solver gets one part in SOLVER_SHARE. For an expert it wants four times its
 # Hessian (767 MiB for 4096 x 7168), and a fifth is for weights and what is rounded.
 SOLVER_HESSIANS, SOLVER_SHARE = 5, 6
-
-
-@dataclass(slots=True)
-class LayerRounding:
-    """What rounding a layer gave. `quantized` and `largest_input` are by module."""
-
-    quantized: dict[str, Quantized] = field(default_factory=dict)
-    largest_input: dict[str, float] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    without_tokens: int = 0  # experts
-    few_tokens: int = 0
-    fell_back: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertLinears:
-    """The matrices of one routed expert; `gate` None where experts have none."""
-
-    gate: Linear | None
-    up: Linear
-    down: Linear
-
-    @property
-    def ups(self) -> tuple[Linear, ...]:
-        """Gate and up, where there are both: what reads the expert's input."""
-        return (self.up,) if self.gate is None else (self.gate, self.up)
-
-
-def experts_of(linears: Sequence[Linear]) -> dict[int, ExpertLinears]:
-    """The routed experts among a layer's matrices."""
-    found: dict[int, dict[str, Linear]] = {}
-    for linear in linears:
-        if linear.is_expert and linear.place.expert is not None:
-            role = str(linear.place.role)
-            if role == "gate_up":
-                role = "gate" if linear.rows is not None and linear.rows[0] == 0 else "up"
-            found.setdefault(linear.place.expert, {})[role] = linear
-    return {
-        expert: ExpertLinears(parts.get("gate"), parts["up"], parts["down"])
-        for expert, parts in sorted(found.items())
-    }
 
 
 class LayerRounder:
@@ -96,20 +52,9 @@ class LayerRounder:
         scale_dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.source, self.schemes, self.damping = source, schemes, damping
+        self.schemes, self.damping = schemes, damping
         self.scale_dtype, self.device = scale_dtype, device
-        self.upload = Fp8Upload(device) if has_kernels(device) else None
-
-    def weight(self, linear: Linear) -> torch.Tensor:
-        """A matrix in float32, [out, in]."""
-        if not linear.stacked:
-            return self.source.read(linear.logical, torch.float32, self.device)
-        assert linear.place.expert is not None
-        value = self.source.read_expert(
-            linear.logical, linear.place.expert, torch.float32, self.device
-        )
-        value = value.T if linear.transposed else value
-        return value if linear.rows is None else value[slice(*linear.rows)].contiguous()
+        self.weights = LayerWeights(source, device)
 
     # -- outside the experts -------------------------------------------------------------------
 
@@ -130,7 +75,7 @@ class LayerRounder:
                 inputs.sums_of(module) if inputs is not None else (None, 0, 0.0)
             )
             result.largest_input[module] = largest
-            weight = self.weight(linear)
+            weight = self.weights.one(linear)
             divisor = divisors.get(module)
             result.quantized[module] = self._round_one(
                 module, weight, scheme, hessian if tokens else None, tokens, divisor, result
@@ -141,7 +86,9 @@ class LayerRounder:
         divisors: dict[str, torch.Tensor] = {}
         for partners in fused_sets(chosen):
             if all(s is not None and s.kind == "nvfp4" for s in map(self.schemes.get, partners)):
-                amax = torch.stack([self.weight(chosen[m]).abs().amax() for m in partners]).amax()
+                amax = torch.stack(
+                    [self.weights.one(chosen[m]).abs().amax() for m in partners]
+                ).amax()
                 divisors.update(dict.fromkeys(partners, global_divisor(amax)))
         return divisors
 
@@ -265,7 +212,7 @@ class LayerRounder:
     def _round_plainly(
         self, linears: Sequence[Linear], scheme: Scheme, result: LayerRounding
     ) -> None:
-        for linear, weight in zip(linears, self._read(linears), strict=True):
+        for linear, weight in zip(linears, self.weights.read(linears), strict=True):
             result.quantized[linear.module] = self._round_one(
                 linear.module, weight, scheme, None, 0, None, result
             )
@@ -280,7 +227,7 @@ class LayerRounder:
         result: LayerRounding,
     ) -> None:
         stacks = [parts.ups for parts in experts.values()]
-        weight_BNK = self._weights(list(experts), stacks, loaded, down=False)
+        weight_BNK = self.weights.stacked(list(experts), stacks, loaded, down=False)
         fed = None
         if routed is not None:
             fed = routed.up(list(experts), self.device, solved=self._solved(up_modules[0]))
@@ -302,7 +249,7 @@ class LayerRounder:
         result: LayerRounding,
     ) -> None:
         stacks = [[parts.down] for parts in experts.values()]
-        weight_BNK = self._weights(list(experts), stacks, loaded, down=True)
+        weight_BNK = self.weights.stacked(list(experts), stacks, loaded, down=True)
         fed = None
         if routed is not None:
             assert loaded is not None
@@ -312,54 +259,6 @@ class LayerRounder:
         for index, module in enumerate(down_modules):
             result.quantized[module] = down_q[index]
             result.largest_input[module] = 0.0 if fed is None else fed.largest_B[index]
-
-    def _weights(
-        self,
-        experts: Sequence[int],
-        stacks: Sequence[Sequence[Linear]],
-        loaded: RoutedExperts | None,
-        *,
-        down: bool,
-    ) -> torch.Tensor:
-        """Float32 weights [B, N, K] of the experts' `stacks`: matrices one below the other.
-
-        On a GPU where the layer is loaded its own weights serve, in the type it was run in: to
-        read 11 GB of a layer a second time would take as long as to round it.
-        """
-        if self.device.type == "cuda" and loaded is not None:
-            weights = loaded.weights
-            assert weights is not None
-            joined = weights.down_for_mm if down else weights.up_for_mm
-            return joined[list(experts)].mT.float().contiguous()
-        rows, columns = sum(linear.shape[0] for linear in stacks[0]), stacks[0][0].shape[1]
-        weight_BNK = torch.empty((len(stacks), rows, columns), device=self.device)
-        uploaded: list[Fp8Matrix] = []
-        read: list[tuple[Linear, torch.Tensor]] = []
-        for stack, weight in zip(stacks, weight_BNK, strict=True):
-            outs = weight.split([linear.shape[0] for linear in stack])
-            for linear, out in zip(stack, outs, strict=True):
-                matrix = None
-                if self.upload is not None and not linear.stacked:
-                    matrix = fp8_matrix(self.source, linear.logical, out)
-                if matrix is None:
-                    read.append((linear, out))
-                else:
-                    uploaded.append(matrix)
-        if self.upload is not None:
-            self.upload.run(self.source.checkpoint, uploaded)
-        values = self._read([linear for linear, _ in read])
-        for (_, out), value in zip(read, values, strict=True):
-            out.copy_(value)
-        return weight_BNK
-
-    def _read(self, linears: Sequence[Linear]) -> Iterator[torch.Tensor]:
-        """Matrices in float32; for a GPU several are on their way at once."""
-        if self.device.type != "cuda":
-            yield from map(self.weight, linears)
-            return
-        here = torch.cuda.current_device() if self.device.index is None else self.device.index
-        with ThreadPoolExecutor(READERS, initializer=partial(torch.cuda.set_device, here)) as pool:
-            yield from pool.map(self.weight, linears)  # kernels start on a thread's own device
 
     def _round_batch(
         self,
@@ -440,12 +339,6 @@ class LayerRounder:
             largest = max((result.largest_input[module] for module in modules), default=0.0)
             for module in modules:
                 result.largest_input[module] = result.largest_input[module] or largest
-
-
-def widest_of(experts: Mapping[int, ExpertLinears]) -> int:
-    """Inputs of the widest matrix of an expert."""
-    first = next(iter(experts.values()))
-    return max(first.up.shape[1], first.down.shape[1])
 
 
 def rows_of(q: Quantized, begin: int, end: int, scheme: Scheme) -> Quantized:

@@ -26,8 +26,10 @@ import torch
 from calibration.batches import PADDING, Batch
 from models.experts import RoutedBatch, RoutedExperts
 from models.processes import Parcel, Processes
+from quant.expert_linears import ExpertLinears
 from quant.inputs import ExpertInputs, LinearInputs, pair_weights
-from quant.layer import ExpertLinears, LayerRounder, LayerRounding
+from quant.layer import LayerRounder
+from quant.layer_rounding import LayerRounding
 from quant.linears import Linear
 from quant.schemes import Quantized
 from quant.shared_experts import PAIRS, POOLED, SharedExpertInputs

@@ -19,7 +19,7 @@ from models.source_formats import Source
 from models.writer import OutputTensor
 from quant.export import Layout, store, stored
 from quant.format import pack
-from quant.layer import LayerRounding
+from quant.layer_rounding import LayerRounding
 from quant.linears import Linear
 from quant.nvfp4 import global_divisor
 from quant.output import SAFETENSORS_DTYPES, Computed, Planned, output_of

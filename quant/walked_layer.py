@@ -12,9 +12,11 @@ from calibration.stream import LayerWalk
 from models.experts import RoutedBatch
 from models.memory import free_bytes, release_freed_memory
 from models.skeleton import Skeleton
+from quant.expert_linears import ExpertLinears
 from quant.expert_sums import ExpertSums
 from quant.inputs import ExpertInputs, LinearInputs, RoutedInputs, watched
-from quant.layer import ExpertLinears, LayerRounder, LayerRounding
+from quant.layer import LayerRounder
+from quant.layer_rounding import LayerRounding
 from quant.linears import Linear
 from quant.shared_experts import SharedExpertInputs, SharedExpertSums, SharedRoutedInputs
 from quant.sharing import InputExchange, expert_owners, linear_owners, round_layer

@@ -26,11 +26,12 @@ from models.writer import write_file
 from reap.criteria import OUTPUT_ERROR, score_experts
 from reap.damage import SAMPLED_TOKENS
 from reap.damage_file import read_layer_damage
+from reap.damage_watch import DamageWatch, damage_path
 from reap.elimination import least_damaging
 from reap.plan import PrunePlan, best_experts
 from reap.pruned_source import PrunedSource
 from reap.quotas import GroupMode, quota_groups
-from reap.score import DamageWatch, damage_path, read_layer, summing_batches, write_layer
+from reap.score import read_layer, summing_batches, write_layer
 from reap.shared_sums import SharedSums
 from reap.stats import LayerStats, SaliencyStats
 

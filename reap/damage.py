@@ -37,8 +37,9 @@ from calibration.tokens import TokenSet
 from models.device import has_kernels, sent
 from models.errors import InputError
 from models.experts import RoutedBatch, RoutedExperts
+from models.layer_slot import Carry
 from models.processes import ALONE, Processes
-from models.skeleton import Carry, Skeleton
+from models.skeleton import Skeleton
 from reap.routing import Router, RoutingLaw, identify
 from reap.segments import Segments
 

@@ -24,7 +24,7 @@ from safetensors.torch import save as save_tensors
 from calibration.batches import BATCH_TOKENS, PADDING, Batch
 from calibration.hidden_states import HiddenStates
 from calibration.packing import check_packable
-from calibration.resume import Finish, walk_layers
+from calibration.resume import walk_layers
 from calibration.stream import BatchObserver, LayerWalk
 from calibration.tokens import TokenSet
 from models.device import sent
@@ -39,8 +39,8 @@ from models.progress import Progress, Step, silent
 from models.shared_journal import open_journal
 from models.skeleton import Skeleton
 from models.writer import unit_of
-from reap.damage import DamageCollector, sampled_rows
-from reap.damage_file import DAMAGE_FILE, DamageStats, read_layer_damage, write_layer_damage
+from reap.damage_file import DAMAGE_FILE, DamageStats, read_layer_damage
+from reap.damage_watch import DamageWatch, damage_path
 from reap.shared_sums import SharedSums
 from reap.stats import FACTS_FILE, TENSORS_FILE, LayerStats, SaliencyStats
 
@@ -244,51 +244,6 @@ def summing(stats: LayerStats) -> Callable[[RoutedBatch, Batch], None]:
         stats.add_routed(record.expert_P, domain_P, weights_P, norms_P)
 
     return add
-
-
-class DamageWatch:
-    """Collects a walk's damage statistics, one layer at a time, where any are asked for."""
-
-    def __init__(self, walk: LayerWalk, journal: Journal, size: int) -> None:
-        self.walk, self.journal, self.size = walk, journal, size
-        self.rows = sampled_rows(walk.tokens, walk.cuts, size) if size else {}
-        self.collector: DamageCollector | None = None
-
-    def beside(self, layer: int, observe: BatchObserver) -> BatchObserver:
-        """`observe`, and with it what collects the layer's damage statistics."""
-        if not self.size:
-            return observe
-        spec = self.walk.skeleton.spec
-        collector = DamageCollector(
-            layer, spec.num_experts, spec.top_k, self.rows, self.walk.processes
-        )
-        self.collector = collector
-
-        def both(record: RoutedBatch, batch: Batch) -> None:
-            observe(record, batch)
-            collector.routed(record, batch)
-
-        return both
-
-    def finisher(self, layer: int) -> Finish:
-        """What sees the layer's output, and its end: there the statistics are written."""
-        collector = self.collector
-        if collector is None or collector.layer != layer:
-            return None, None
-
-        def write() -> None:
-            collector.gather()
-            if self.walk.processes.is_first:
-                found = collector.finish(self.walk.skeleton)
-                write_layer_damage(damage_path(self.journal, layer), layer, found)
-            self.collector = None
-
-        return collector.left, write
-
-
-def damage_path(journal: Journal, layer: int) -> Path:
-    """One layer's damage statistics while the job runs."""
-    return journal.folder / f"damage_{layer:05d}.safetensors"
 
 
 def read_damage(journal: Journal, opened: OpenModel, stats: SaliencyStats) -> DamageStats:

@@ -15,7 +15,7 @@ from cli.main import run
 from models.errors import InputError
 from models.opening import open_model
 from models.processes import ALONE
-from quant.quantize import QuantizeSettings
+from quant.quantize_plan import QuantizeSettings
 from tests.cli.models import model, token_file
 
 SMALL = ["--group-size", "8", "--quiet"]

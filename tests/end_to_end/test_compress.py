@@ -10,7 +10,8 @@ import pytest
 from cli.compress import compress, prune_ahead, still_unpruned
 from models.opening import open_model
 from models.processes import ALONE
-from quant.quantize import QuantizeSettings, quantize
+from quant.quantize import quantize
+from quant.quantize_plan import QuantizeSettings
 from quant.recipes import uniform
 from quant.schemes import SCHEMES, Scheme, scheme_with
 from quant.verify import verify_checkpoint

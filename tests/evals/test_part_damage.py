@@ -16,7 +16,7 @@ from evals.part_damage import Damage, part_damage, some_samples
 from models.errors import InputError
 from models.opening import open_model
 from quant.budget import Part, menu_of
-from quant.quantize import QuantizeSettings
+from quant.quantize_plan import QuantizeSettings
 from quant.rounding import round_to_nearest
 from quant.schemes import Scheme, scheme_with
 from tests.kills import assert_same_after_kills

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from models.errors import InputError
 from models.experts import RoutedBatch
+from models.layer_slot import Carry
 from models.opening import compute_dtype, open_model
-from models.skeleton import Carry, Skeleton
+from models.skeleton import Skeleton
 from tests.tiny import FAMILIES, FP8_BLOCKS, reference_model, tiny_model
 
 LENGTHS = (24, 17, 9)

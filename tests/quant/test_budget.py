@@ -14,7 +14,8 @@ import quant.budget
 from models.errors import InputError
 from models.opening import open_model
 from quant.budget import Menu, Part, check_budget, least_damage, menu_of, recipe_text, share_out
-from quant.quantize import QuantizeSettings, plan_quantization, quantize
+from quant.quantize import quantize
+from quant.quantize_plan import QuantizeSettings, plan_quantization
 from quant.recipe_files import load_recipe
 from quant.schemes import SCHEMES, Scheme, scheme_with
 from tests.tiny import tiny_model

@@ -15,7 +15,8 @@ from models.opening import open_model
 from quant import expert_sums
 from quant.expert_sums import ExpertSums
 from quant.hessians import add_products, made_symmetric
-from quant.quantize import QuantizeSettings, quantize
+from quant.quantize import quantize
+from quant.quantize_plan import QuantizeSettings
 from quant.recipes import uniform
 from quant.schemes import scheme_with
 from quant.verify import verify_checkpoint

@@ -16,7 +16,8 @@ from evals.fidelity import EvalSettings, evaluate
 from models.errors import InputError
 from models.opening import open_model
 from models.skeleton import Skeleton
-from quant.quantize import QuantizeSettings, quantize
+from quant.quantize import quantize
+from quant.quantize_plan import QuantizeSettings
 from quant.recipes import Recipe, Rule, uniform
 from quant.schemes import SCHEMES, Scheme, scheme_with
 from quant.verify import verify_checkpoint

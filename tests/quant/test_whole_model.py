@@ -11,7 +11,8 @@ from calibration.tokens import TokenSet
 from evals.fidelity import EvalSettings, evaluate
 from models.errors import InputError
 from models.opening import OpenModel, open_model
-from quant.quantize import QuantizeSettings, quantize
+from quant.quantize import quantize
+from quant.quantize_plan import QuantizeSettings
 from quant.recipes import uniform
 from quant.schemes import scheme_with
 from quant.verify import verify_checkpoint
