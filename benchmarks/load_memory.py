@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from models.architecture import ModelSpec
 from models.checkpoint import Checkpoint
+from models.model_spec import ModelSpec
 from models.opening import open_model
 from quant.config import quantization_config, with_quantization
 from quant.linears import find_linears

@@ -33,8 +33,9 @@ from models.checkpoint import Checkpoint
 from models.families import spec_of
 from models.source_formats import Source
 from models.writer import OutputTensor, Shard, plan_shards
+from reap.cut import Cut
 from reap.plan import PrunePlan
-from reap.prune import Cut, prune_checkpoint
+from reap.prune import prune_checkpoint
 
 EXPERTS = 64
 HIDDEN = 2048

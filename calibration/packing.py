@@ -19,8 +19,8 @@ import torch
 
 from calibration.batches import Batch
 from calibration.token_file import TokenSet
-from models.architecture import ModelSpec
 from models.errors import InputError
+from models.model_spec import ModelSpec
 
 OPEN_ROWS = 64  # rows that may still take a sample
 PACKABLE = frozenset(

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 
 import torch
 
-from models.architecture import ExpertTensor, ModelSpec
+from models.architecture import ExpertTensor
 from models.checkpoint import not_finite
 from models.errors import InputError
 from models.experts import ExpertWeights
 from models.fp8_upload import Fp8Matrix, Fp8Upload, fp8_matrix
+from models.model_spec import ModelSpec
 from models.source_formats import Source
 
 

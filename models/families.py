@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from models.architecture import Architecture, ModelSpec, resolve
+from models.architecture import Architecture
 from models.families_deepseek import DEEPSEEK_FAMILIES
 from models.families_sigmoid import SIGMOID_FAMILIES
 from models.families_softmax import SOFTMAX_FAMILIES
+from models.model_spec import ModelSpec, resolve
 
 FAMILIES: tuple[Architecture, ...] = (*DEEPSEEK_FAMILIES, *SOFTMAX_FAMILIES, *SIGMOID_FAMILIES)
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal
 
-from models.architecture import HASH_COUNT_KEY, ModelSpec
+from models.architecture import HASH_COUNT_KEY
+from models.model_spec import ModelSpec
 
 WeightKind = Literal["embed", "head", "router", "expert", "linear", "indexer", "other"]
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from models.architecture import ModelSpec
 from models.checkpoint import Checkpoint, load_index
 from models.errors import InputError
 from models.location import local_directory
+from models.model_spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,8 +8,8 @@ import torch
 import transformers
 from torch import nn
 
-from models.architecture import ModelSpec
 from models.errors import InputError
+from models.model_spec import ModelSpec
 
 
 def empty(module: nn.Module) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from models.architecture import ModelSpec
 from models.checkpoint import Checkpoint
 from models.errors import InputError
 from models.families import spec_of
+from models.model_spec import ModelSpec
 from models.source_formats import Source, quantization_config
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

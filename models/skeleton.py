@@ -37,7 +37,6 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 
-from models.architecture import ModelSpec
 from models.device import has_kernels
 from models.errors import InputError
 from models.expert_weights import check_finite, load_expert_weights
@@ -47,6 +46,7 @@ from models.input_weighted import InputWeightedBlock
 from models.layer_slot import Carry, LayerCall, LayerSlot, ZeroEmbedding
 from models.memory import release_freed_memory
 from models.meta_model import empty, meta_model
+from models.model_spec import ModelSpec
 from models.source_formats import Source
 from models.sparse_attention import Indexer
 

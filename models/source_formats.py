@@ -33,7 +33,6 @@ from typing import Any
 import torch
 
 from models import exported
-from models.architecture import ModelSpec
 from models.byte_copy import ByteRange
 from models.checkpoint import Checkpoint, TensorInfo
 from models.dequantize import (
@@ -45,6 +44,7 @@ from models.dequantize import (
     unpack_fp4,
 )
 from models.errors import InputError
+from models.model_spec import ModelSpec
 from models.stored_parts import FORMATS, Format, Stored, logical_name, split_name
 from models.writer import OutputTensor
 

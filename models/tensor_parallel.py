@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from models.architecture import ModelSpec
+from models.model_spec import ModelSpec
 
 # columns that share a scale, by the scheme's name; channels have none
 GROUPS: Mapping[str, int] = {

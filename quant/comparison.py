@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.architecture import ModelSpec, expert_axis
+from models.architecture import expert_axis
 from models.checkpoint import Checkpoint, TensorInfo
 from models.errors import InputError
+from models.model_spec import ModelSpec
 from models.opening import OpenModel
 from quant.linears import Linear, find_linears
 from quant.spec_decoder import Array

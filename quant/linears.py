@@ -21,8 +21,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from models.architecture import ExpertTensor, ModelSpec, Place
+from models.architecture import ExpertTensor, Place
 from models.errors import InputError
+from models.model_spec import ModelSpec
 
 Use = Literal["default", "asked", "never"]
 

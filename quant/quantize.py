@@ -29,11 +29,11 @@ from calibration.hidden_states import HiddenStates
 from calibration.resume import begin_at, keep_place
 from calibration.stream import LayerWalk, SnapshotClock
 from calibration.tokens import TokenSet
-from models.architecture import ModelSpec
 from models.errors import InputError
 from models.journal import Journal, json_bytes
 from models.manifest import read_manifest, versions, write_manifest
 from models.memory import release_freed_memory
+from models.model_spec import ModelSpec
 from models.opening import OpenModel, compute_device
 from models.processes import ALONE, Processes
 from models.progress import Progress, Step, silent

@@ -7,8 +7,8 @@ from typing import Literal
 
 import torch
 
-from models.architecture import ModelSpec
 from models.errors import InputError
+from models.model_spec import ModelSpec
 from models.opening import OpenModel, compute_dtype
 from models.writer import MAX_SHARD_BYTES
 from quant.export import Layout, check_export

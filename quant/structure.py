@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from compressed_tensors.utils.match import match_name
 
-from models.architecture import ModelSpec
 from models.checkpoint import Checkpoint, torch_dtype
 from models.errors import InputError
+from models.model_spec import ModelSpec
 from models.shard_index import INDEX
 from models.shards import DTYPE_BITS
 from quant.export import Layout, stored

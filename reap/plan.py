@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from models.architecture import ModelSpec
 from models.errors import InputError
 from models.journal import write_atomically
+from models.model_spec import ModelSpec
 from reap.criteria import OUTPUT_ERROR, check_criterion, score_experts
 from reap.damage_file import DamageStats
 from reap.domains import all_weights, check_protected, protected_counts, protected_experts

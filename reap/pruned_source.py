@@ -15,8 +15,8 @@ from models.opening import OpenModel
 from models.source_formats import Source
 from models.stored_parts import Format
 from models.writer import OutputTensor
+from reap.cut import Cut, rows_of
 from reap.plan import PrunePlan
-from reap.prune import Cut, rows_of
 
 
 class PrunedSource(Source):

@@ -22,8 +22,8 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Literal, get_args
 
-from models.architecture import ModelSpec
 from models.errors import InputError
+from models.model_spec import ModelSpec
 
 GroupMode = Literal["keep", "flatten"]
 MTPMode = Literal["drop", "prune"]

@@ -27,8 +27,8 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 
-from models.architecture import ModelSpec
 from models.errors import InputError
+from models.model_spec import ModelSpec
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
 # Tokens whose experts the law must reproduce: near-ties of bfloat16 logits differ in float32.

@@ -6,11 +6,12 @@ from collections.abc import Container, Sequence
 
 import torch
 
-from models.architecture import ExpertTensor, ModelSpec, Role
+from models.architecture import ExpertTensor, Role
 from models.checkpoint import TORCH_DTYPES, TensorInfo
 from models.dequantize import float_scales, scaled_blocks, unpack_eight_bits
 from models.errors import InputError
 from models.fp8_blocks import encode_fp8_blocks
+from models.model_spec import ModelSpec
 from models.opening import OpenModel
 from models.skeleton import Skeleton
 from reap.pruned_source import PrunedSource

@@ -24,10 +24,10 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from models.architecture import ModelSpec
 from models.errors import InputError
 from models.expert_weights import ExpertReader
 from models.memory import release_freed_memory
+from models.model_spec import ModelSpec
 from models.opening import OpenModel, compute_device, compute_dtype, open_model
 from models.progress import Progress, Step, silent
 from models.skeleton import Skeleton

@@ -19,7 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from calibration.tokens import TokenSet
-from models.architecture import ModelSpec
+from models.model_spec import ModelSpec
 from models.opening import open_model
 from reap.plan import PrunePlan, make_plan
 from reap.prune import prune_checkpoint

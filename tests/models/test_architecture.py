@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from models.architecture import HASH_COUNT_KEY, Place, resolve
+from models.architecture import HASH_COUNT_KEY, Place
 from models.errors import InputError
 from models.families import FAMILIES, spec_of
+from models.model_spec import resolve
 from tests.tiny_configs import CONFIGS
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from models.architecture import ModelSpec
 from models.families import spec_of
 from models.inventory import Inventory, take
 from models.machines import MACHINES
+from models.model_spec import ModelSpec
 from models.needs import SNAPSHOTS, needs
 from models.serving import cache_bytes, caches, fitting
 from models.sizes import SCHEMES, Storage, bytes_in, largest_layer, quantized, storage, tensors_in

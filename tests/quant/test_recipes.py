@@ -12,11 +12,11 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_name
 
-from models.architecture import ModelSpec
 from models.checkpoint import Checkpoint
 from models.errors import InputError
 from models.families import spec_of
 from models.inventory import take
+from models.model_spec import ModelSpec
 from models.sizes import bytes_in
 from models.sizes import quantized as sized
 from models.source_formats import Source

@@ -13,8 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.architecture import MTP, Architecture, ExpertTensor, ModelSpec, MoE
+from models.architecture import MTP, Architecture, ExpertTensor, MoE
 from models.errors import InputError
+from models.model_spec import ModelSpec
 from reap.plan import PrunePlan, best_experts, make_plan
 from reap.quotas import check_keep, resolve_keep, valid_keeps
 from reap.stats import SaliencyStats

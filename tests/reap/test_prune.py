@@ -16,8 +16,9 @@ from models.checkpoint import INDEX, Checkpoint
 from models.errors import InputError
 from models.families import spec_of
 from models.source_formats import Source
+from reap.cut import Cut
 from reap.plan import PrunePlan
-from reap.prune import Cut, prune_checkpoint
+from reap.prune import prune_checkpoint
 from reap.quotas import planned_layers, quota_groups
 from tests.kills import assert_same_after_kills
 from tests.tiny import FAMILIES, read_all, reference_model, tiny_model
