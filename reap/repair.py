@@ -95,8 +95,8 @@ class Repair:
 
     def run(self, journal: Journal, progress: Progress = silent) -> dict[str, Any]:
         """Repair every layer that is not yet; what was done, by layer."""
-        whole = self._walk(self.opened, journal.folder / "whole")
-        cut = self._walk(self.pruned, journal.folder / "pruned")
+        whole = self._walk(self.opened, journal, "whole")
+        cut = self._walk(self.pruned, journal, "pruned")
         layers = range(whole.num_layers)
         done = [layer for layer in layers if journal.done(f"repaired {layer}")]
         begin = max(done, default=-1) + 1
@@ -119,12 +119,15 @@ class Repair:
                 cut.run(layer)
             for walk in (whole, cut):
                 walk.hidden_states.forget_from_ram(layer)
-            if clock.due() or layer == layers[-1]:
+            last = layer == layers[-1]
+            if last or clock.due():
                 began = time.monotonic()
-                saved = {"whole": whole.snapshot(layer + 1), "pruned": cut.snapshot(layer + 1)}
+                walks = {"whole": whole, "pruned": cut}
+                # nothing reads what leaves the last layer
+                saved = {n: [] if last else walk.snapshot(layer + 1) for n, walk in walks.items()}
                 journal.record(f"repaired {layer}", layers=found, **saved)
-                for walk in (whole, cut):
-                    walk.forget_before(layer + 1)
+                for walk in walks.values():
+                    walk.forget_before(layer + 2 if last else layer + 1)
                 clock.took(time.monotonic() - began)
             tokens = (layer + 1 - begin) * whole.num_tokens
             note = f"layer {layer}"
@@ -136,9 +139,10 @@ class Repair:
     def _layer(self, whole: LayerWalk, cut: LayerWalk, layer: int) -> LayerRepair:
         return LayerRepair(self.pruned, self.settings.kinds, whole, cut, layer)
 
-    def _walk(self, opened: OpenModel, folder: Path) -> LayerWalk:
+    def _walk(self, opened: OpenModel, journal: Journal, name: str) -> LayerWalk:
         memory = self.settings.memory
-        states = HiddenStates(folder, None if memory is None else memory // 2)
+        budget = None if memory is None else memory // 2
+        states = HiddenStates(journal.folder / name, budget, journal.discard)
         skeleton = Skeleton(opened.source, dtype=self.dtype, device=self.device)
         return LayerWalk(skeleton, self.settings.tokens, states, self.batch_tokens)
 
