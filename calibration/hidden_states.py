@@ -64,6 +64,7 @@ class HiddenStates:
         self.held_bytes = 0
         self.spilled_bytes = 0
         self.digests: dict[tuple[int, int], str] = {}  # of the files
+        self.saved: int | None = None  # the generation that a later run would begin with
         self._lock = threading.Lock()  # of what is held
 
     def _path(self, layer: int, batch: int) -> Path:
@@ -115,6 +116,7 @@ class HiddenStates:
     def expect(self, layer: int, digests: Sequence[str]) -> None:
         """What `snapshot` returned for the files entering `layer`, from an earlier run."""
         self.digests.update({(layer, batch): value for batch, value in enumerate(digests)})
+        self.saved = layer
 
     def _write(self, layer: int, batch: int, carry: Carry) -> None:
         path = self._path(layer, batch)
@@ -141,20 +143,27 @@ class HiddenStates:
 
         Returns the digest of each batch's file, for the journal.
         """
+        self.saved = layer
         own = [batch for held_layer, batch in sorted(self.held) if held_layer == layer]
         with ThreadPoolExecutor(WRITERS) as pool:  # one is summed up while another is flushed
             list(pool.map(lambda batch: self._write(layer, batch, self.held[layer, batch]), own))
         return [value for (entered, _), value in sorted(self.digests.items()) if entered == layer]
 
-    def forget_before(self, layer: int) -> None:
-        """Delete every generation older than `layer` from RAM and disk."""
+    def unsaved_bytes(self, layer: int) -> int:
+        """What `snapshot` would write."""
+        return sum(num_bytes(carry) for (own, _), carry in self.held.items() if own == layer)
+
+    def forget_before(self, layer: int, *, but: int | None = None) -> None:
+        """Delete every generation older than `layer` from RAM and disk; that of layer `but` stays
+        on disk."""
         for key in [key for key in self.held if key[0] < layer]:
             self.held_bytes -= num_bytes(self.held.pop(key))
-        for key in [key for key in self.digests if key[0] < layer]:
+        for key in [key for key in self.digests if key[0] < layer and key[0] != but]:
             del self.digests[key]
         if self.folder.exists():
             for path in sorted(self.folder.iterdir()):
-                if path.name.startswith("layer_") and int(path.name[6:]) < layer:
+                number = int(path.name[6:]) if path.name.startswith("layer_") else layer
+                if number < layer and number != but:
                     self.discard(path)
 
     def forget_from_ram(self, layer: int) -> None:

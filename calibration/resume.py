@@ -3,17 +3,22 @@
 After a layer, when `SnapshotClock` says so, the carries entering the next layer are written to
 disk and *then* the journal records the layer. A later run of the same job starts behind the last
 recorded layer; layers computed after it are computed again, from the same bytes to the same
-bytes. Results a caller keeps for each layer are written before the record (see `after`).
+bytes. Results a caller keeps for each layer are written before the record (see `after`). A
+snapshot that the disk has no room for is left out: it is insurance, not the job.
 """
 
 from __future__ import annotations
 
+import logging
+import shutil
 import time
 from collections.abc import Callable
 
 from calibration.stream import BatchObserver, CarryObserver, LayerWalk, SnapshotClock
 from models.journal import Journal
 from models.progress import Progress, Step
+
+log = logging.getLogger("thresher.resume")
 
 LayerDone = Callable[[int], None]
 Finish = tuple[CarryObserver | None, Callable[[], None] | None]  # `left`, `before_freed` of `run`
@@ -28,6 +33,7 @@ def walk_layers(
     after: LayerDone,
     progress: Progress,
     extra_units: int = 0,
+    leaves: bool = True,
     finisher: Callable[[int], Finish] = lambda layer: (None, None),
 ) -> None:
     """Run every decoder layer that `journal` has not recorded under `name`.
@@ -35,7 +41,7 @@ def walk_layers(
     `observer(layer)` gives what watches a layer, `finisher(layer)` (asked after it) what sees the
     layer's output and its end; `after(layer)` saves what they saw, durably.
     Afterwards the carries that left the last layer are in `walk.hidden_states`, under the index
-    `walk.num_layers`.
+    `walk.num_layers`, where something reads them (`leaves`).
     """
     start = begin_at(walk, journal, name)
     total = walk.num_layers + extra_units
@@ -45,7 +51,7 @@ def walk_layers(
         walk.run(layer, observe, *finisher(layer))
         after(layer)
         walk.hidden_states.forget_from_ram(layer)
-        keep_place(walk, journal, f"{name} {layer}", layer, clock)
+        keep_place(walk, journal, f"{name} {layer}", layer, clock, leaves=leaves)
         progress(
             Step(
                 job=name,
@@ -66,8 +72,10 @@ def keep_place(
     settle: Callable[[], None] = lambda: None,
     *,
     leaves: bool = True,
+    reserve: Callable[[], int] = lambda: 0,
 ) -> None:
-    """Make `layer` one that a later run goes on behind, when `clock` says so or it is the last.
+    """Make `layer` one that a later run goes on behind, when `clock` says so or it is the last,
+    and the disk has room for it beside the `reserve` of bytes that the output still wants.
 
     `settle` returns when what belongs to the layers up to it is on the disk. What leaves the last
     layer is kept only if something reads it (`leaves`).
@@ -77,9 +85,30 @@ def keep_place(
         settle()
         began = time.monotonic()
         forgotten = last and not leaves
-        journal.record(unit, hidden=[] if forgotten else walk.snapshot(layer + 1))
-        walk.forget_before(layer + 2 if forgotten else layer + 1)
-        clock.took(time.monotonic() - began)
+        if forgotten or walk.processes.from_first(
+            lambda: has_room(walk, journal, layer + 1, clock, reserve())
+        ):
+            journal.record(unit, hidden=[] if forgotten else walk.snapshot(layer + 1))
+            walk.forget_before(layer + 2 if forgotten else layer + 1)
+            clock.took(time.monotonic() - began)
+            return
+    walk.forget_used(layer + 1)
+
+
+def has_room(
+    walk: LayerWalk, journal: Journal, layer: int, clock: SnapshotClock, reserve: int
+) -> bool:
+    """Whether what enters `layer` can be saved; says once where it cannot."""
+    needed = walk.hidden_states.unsaved_bytes(layer) * walk.processes.size
+    free = shutil.disk_usage(journal.folder).free
+    if needed + reserve > free and not clock.warned:
+        clock.warned = True
+        log.warning(
+            "%s: no room to save %s bytes of hidden states beside %s of output still to be "
+            "written (%s free); going on, but after a kill layers are computed again",
+            *(journal.folder, f"{needed:,}", f"{reserve:,}", f"{free:,}"),
+        )
+    return needed + reserve <= free
 
 
 def begin_at(walk: LayerWalk, journal: Journal, name: str) -> int:

@@ -180,6 +180,12 @@ class LayerWalk:
         if self.processes.is_first:
             self.hidden_states.forget_before(layer)
 
+    def forget_used(self, layer: int) -> None:
+        """The same, but for what a later run would begin with. Of several processes others may
+        still read files of a layer that this one is past: they wait for the next snapshot."""
+        if self.processes.size == 1:
+            self.hidden_states.forget_before(layer, but=self.hidden_states.saved)
+
 
 def tokens_are_finite(batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
     """Whether every token's row is finite, where `hidden` is; padding rows may hold anything."""
@@ -207,6 +213,7 @@ class SnapshotClock:
         self.share = share
         self.last_cost = 0.0
         self.since = time.monotonic()
+        self.warned = False  # that there is no room
 
     def due(self) -> bool:
         """True when a snapshot should be taken now."""

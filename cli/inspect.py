@@ -269,7 +269,11 @@ def job_lines(jobs: dict[str, Any]) -> list[str]:
         sizes = (job["device_memory"], job["host_memory"], job["disk"], job["spill"])
         cells = "".join(f"{gigabytes(size) if size else '-':>10}" for size in sizes)
         text.append(f"  {name:<10}{cells}{timedelta(seconds=job['seconds'])!s:>12}")
-    return [*text, "  * hidden states that --memory moves from host memory to disk"]
+    return [
+        *text,
+        "  * hidden states, which --memory moves from host memory to disk; saved there as well,",
+        "    from time to time and where there is room, so that a job that is killed goes on",
+    ]
 
 
 def billions(count: int) -> str:

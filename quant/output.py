@@ -150,6 +150,11 @@ class UnitShards:
         todo = [t for _, name, ts in self.files if not journal.done(unit_of(name)) for t in ts]
         check_space(journal.out, sum(tensor.nbytes for tensor in todo))
 
+    def missing_bytes(self, journal: Journal) -> int:
+        """What is still to be written."""
+        names = {name for _, name, _ in self.files if not journal.done(unit_of(name))}
+        return sum(t.nbytes for _, name, ts in self.files if name in names for t in ts)
+
     def written(self, unit: str, journal: Journal) -> bool:
         """True when every shard of the unit is recorded and lies there."""
         names = [name for own, name, _ in self.files if own == unit]

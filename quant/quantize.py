@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,8 +66,8 @@ class Ahead(Protocol):
     def job(self) -> Mapping[str, Any]:
         """What is asked, for the job's identity."""
 
-    def begin(self, journal: Journal) -> None:
-        """The job is open."""
+    def begin(self, journal: Journal, missing: Callable[[], int]) -> None:
+        """The job is open; `missing` are the bytes of output still to be written."""
 
     def prepare(self, layer: int) -> None:
         """Make `layer` readable. Called for every layer in order, also when resuming."""
@@ -128,7 +128,7 @@ def quantize(
             return read_manifest(out)
         processes.from_first(lambda: begin_output(plan, journal))
         if ahead is not None:
-            ahead.begin(journal)
+            ahead.begin(journal, partial(plan.shards.missing_bytes, journal))
         walk = None
         if runs and tokens is not None:
             skeleton = Skeleton(opened.source, dtype=plan.dtype, device=device)
@@ -212,6 +212,7 @@ def run_layers(
     begin = 0 if walk is None else begin_at(walk, journal, "hidden")
     clock = SnapshotClock(0.1 if ahead is None else 0.05)
     units = list(plan.by_unit)
+    missing = partial(plan.shards.missing_bytes, journal)
     last_ranges: Mapping[str, float] = {}  # of the last layer's inputs; its weights are let go
     with UnitWriter() as writer:
         for number, unit in enumerate(units):
@@ -229,7 +230,16 @@ def run_layers(
                         _write_unit(plan, unit, result, journal, writer)
                     del result
                     place = f"hidden {layer}"
-                    keep_place(walk, journal, place, layer, clock, writer.wait, leaves=False)
+                    keep_place(
+                        walk,
+                        journal,
+                        place,
+                        layer,
+                        clock,
+                        writer.wait,
+                        leaves=False,
+                        reserve=missing,
+                    )
             elif not processes.from_first(partial(plan.shards.written, unit, journal)):
                 if walk is None:  # nothing is run between two units: read on while one is rounded
                     following = units[min(number + 1, len(units) - 1)]

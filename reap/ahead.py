@@ -8,7 +8,7 @@ reading of a layer finds it in the page cache), and the plan equals that of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,7 @@ class PruneAhead:
     processes: Processes = ALONE
     walk: LayerWalk | None = None
     journal: Journal | None = None
+    missing: Callable[[], int] = lambda: 0
     next_layer: int = 0
     clock: SnapshotClock = field(default_factory=lambda: SnapshotClock(0.05))
     damage: DamageWatch | None = None
@@ -72,9 +73,9 @@ class PruneAhead:
             "score_tokens": self.tokens.digest(),
         }
 
-    def begin(self, journal: Journal) -> None:
+    def begin(self, journal: Journal, missing: Callable[[], int]) -> None:
         """Open the intact stream, behind its last snapshot."""
-        self.journal = journal
+        self.journal, self.missing = journal, missing
         skeleton = Skeleton(self.opened.source, dtype=self.dtype, device=self.device)
         states = HiddenStates(journal.folder / "hidden-intact", self.memory, journal.discard)
         self.walk = LayerWalk(
@@ -122,7 +123,8 @@ class PruneAhead:
         else:
             walk.run(layer)
         walk.hidden_states.forget_from_ram(layer)
-        keep_place(walk, journal, f"{NAME} {layer}", layer, self.clock, leaves=False)
+        place = f"{NAME} {layer}"
+        keep_place(walk, journal, place, layer, self.clock, leaves=False, reserve=self.missing)
 
     def _stats(self, layer: int) -> LayerStats:
         assert self.journal is not None

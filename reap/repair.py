@@ -31,6 +31,7 @@ import torch
 
 from calibration.batches import BATCH_TOKENS
 from calibration.hidden_states import HiddenStates
+from calibration.resume import has_room
 from calibration.stream import LayerWalk, SnapshotClock
 from calibration.tokens import TokenSet
 from models.byte_copy import ByteRange
@@ -123,12 +124,19 @@ class Repair:
             if last or clock.due():
                 began = time.monotonic()
                 walks = {"whole": whole, "pruned": cut}
+                other = cut.hidden_states.unsaved_bytes(layer + 1)
                 # nothing reads what leaves the last layer
-                saved = {n: [] if last else walk.snapshot(layer + 1) for n, walk in walks.items()}
-                journal.record(f"repaired {layer}", layers=found, **saved)
-                for walk in walks.values():
-                    walk.forget_before(layer + 2 if last else layer + 1)
-                clock.took(time.monotonic() - began)
+                if last or has_room(whole, journal, layer + 1, clock, other):
+                    saved = {
+                        name: [] if last else walk.snapshot(layer + 1)
+                        for name, walk in walks.items()
+                    }
+                    journal.record(f"repaired {layer}", layers=found, **saved)
+                    for walk in walks.values():
+                        walk.forget_before(layer + 2 if last else layer + 1)
+                    clock.took(time.monotonic() - began)
+            for walk in (whole, cut):
+                walk.forget_used(layer + 1)
             tokens = (layer + 1 - begin) * whole.num_tokens
             note = f"layer {layer}"
             progress(

@@ -208,6 +208,7 @@ def _run_layers(
         after=after,
         progress=progress,
         extra_units=len(mtp_layers),
+        leaves=bool(mtp_layers),
         finisher=damage.finisher,
     )
     for number, layer in enumerate(mtp_layers):
