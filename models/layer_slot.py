@@ -45,6 +45,7 @@ class LayerSlot(nn.Module):
         self.seen: LayerCall | None = None
         self.hidden_seen: torch.Tensor | None = None
         self.returns: Carry | None = None
+        self.returns_first = False  # of the positions, where nobody wants what follows
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -55,7 +56,8 @@ class LayerSlot(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Keep the arguments; return the hidden states given, or `returns`."""
         self.seen, self.hidden_seen = LayerCall(args, kwargs), hidden_states
-        carry = self.returns or {"hidden_states": hidden_states}
+        given = hidden_states[:, :1] if self.returns_first else hidden_states
+        carry = self.returns or {"hidden_states": given}
         if not self.carry_names:
             return carry["hidden_states"]
         return (carry["hidden_states"], *(carry.get(name) for name in self.carry_names))

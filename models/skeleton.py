@@ -332,7 +332,12 @@ class Skeleton:
     ) -> LayerCall:
         """The arguments decoder layer `index` gets with this batch. Positions that begin anew
         inside a row (no mask given) make transformers' masks block-diagonal."""
-        self._forward_base(input_ids, attention_mask, position_ids, self.zero_embedding)
+        last = self.slots[-1]
+        last.returns_first = not last.carry_names  # what follows it is run on zeros: on few
+        try:
+            self._forward_base(input_ids, attention_mask, position_ids, self.zero_embedding)
+        finally:
+            last.returns_first = False
         seen = self.slots[index].seen
         assert seen is not None
         for slot in self.slots:
