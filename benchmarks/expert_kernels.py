@@ -12,8 +12,7 @@ adds what puts routed pairs into blocks.
 
 --layer times a whole expert layer through the runtime (router, PackedExperts) in a CUDA graph
 beside the sum of its kernels, as the profiler has them; with --formats and no name behind it, that
-alone. --tune tries blocks of other sizes. Needs
-about 25 GB of GPU memory.
+alone. --tune tries blocks of other sizes. Needs about 25 GB of GPU memory.
 """
 
 from __future__ import annotations

@@ -22,8 +22,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from calibration.hidden_states import Carry, HiddenStates
+from calibration.hidden_states import HiddenStates
 from models.fp8_upload import aligned
+from models.layer_slot import Carry
 
 SLOTS = 2  # pinned carries each way: one that a thread works on, one on the bus
 SPARE = 4  # carries whose memory waits for its next use

@@ -26,10 +26,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from models.errors import InputError
+from models.layer_slot import Carry
 
 WRITERS = 3  # threads of a snapshot
-
-Carry = dict[str, torch.Tensor]
 
 
 def num_bytes(carry: Carry) -> int:

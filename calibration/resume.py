@@ -12,13 +12,16 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from calibration.stream import BatchObserver, CarryObserver, LayerWalk, SnapshotClock
 from models.journal import Journal
 from models.progress import Progress, Step
 
 log = logging.getLogger("thresher.resume")
+
+HIDDEN = "hidden"  # the name of a job's only walk
 
 LayerDone = Callable[[int], None]
 Finish = tuple[CarryObserver | None, Callable[[], None] | None]  # `left`, `before_freed` of `run`
@@ -51,7 +54,7 @@ def walk_layers(
         walk.run(layer, observe, *finisher(layer))
         after(layer)
         walk.hidden_states.forget_from_ram(layer)
-        keep_place(walk, journal, f"{name} {layer}", layer, clock, leaves=leaves)
+        keep_place({HIDDEN: walk}, journal, f"{name} {layer}", layer, clock, leaves=leaves)
         progress(
             Step(
                 job=name,
@@ -64,7 +67,7 @@ def walk_layers(
 
 
 def keep_place(
-    walk: LayerWalk,
+    walks: Mapping[str, LayerWalk],
     journal: Journal,
     unit: str,
     layer: int,
@@ -73,42 +76,51 @@ def keep_place(
     *,
     leaves: bool = True,
     reserve: Callable[[], int] = lambda: 0,
+    **facts: Any,
 ) -> None:
     """Make `layer` one that a later run goes on behind, when `clock` says so or it is the last,
     and the disk has room for it beside the `reserve` of bytes that the output still wants.
 
+    `walks` stand behind the layer together; the digests of each are recorded under its name, with
+    other `facts` of the layer.
+
     `settle` returns when what belongs to the layers up to it is on the disk. What leaves the last
     layer is kept only if something reads it (`leaves`).
     """
-    last = layer == walk.num_layers - 1
-    if last or walk.processes.from_first(clock.due):
+    first = next(iter(walks.values()))
+    last = layer == first.num_layers - 1
+    if last or first.processes.from_first(clock.due):
         settle()
         began = time.monotonic()
         forgotten = last and not leaves
-        if forgotten or walk.processes.from_first(
-            lambda: has_room(walk, journal, layer + 1, clock, reserve())
+        if forgotten or first.processes.from_first(
+            lambda: has_room(walks.values(), journal, layer + 1, clock, reserve())
         ):
-            journal.record(unit, hidden=[] if forgotten else walk.snapshot(layer + 1))
-            walk.forget_before(layer + 2 if forgotten else layer + 1)
+            saved = {n: [] if forgotten else w.snapshot(layer + 1) for n, w in walks.items()}
+            journal.record(unit, **facts, **saved)
+            for walk in walks.values():
+                walk.forget_before(layer + 2 if forgotten else layer + 1)
             clock.took(time.monotonic() - began)
             return
-    walk.forget_used(layer + 1)
+    for walk in walks.values():
+        walk.forget_used(layer + 1)
 
 
 def has_room(
-    walk: LayerWalk, journal: Journal, layer: int, clock: SnapshotClock, reserve: int
+    walks: Iterable[LayerWalk], journal: Journal, layer: int, clock: SnapshotClock, reserve: int
 ) -> bool:
     """Whether what enters `layer` can be saved; says once where it cannot."""
-    needed = walk.hidden_states.unsaved_bytes(layer) * walk.processes.size
+    needed = sum(w.hidden_states.unsaved_bytes(layer) * w.processes.size for w in walks)
     free = shutil.disk_usage(journal.folder).free
-    if needed + reserve > free and not clock.warned:
+    fits = needed + reserve <= free
+    if not fits and not clock.warned:
         clock.warned = True
         log.warning(
             "%s: no room to save %s bytes of hidden states beside %s of output still to be "
             "written (%s free); going on, but after a kill layers are computed again",
             *(journal.folder, f"{needed:,}", f"{reserve:,}", f"{free:,}"),
         )
-    return needed + reserve <= free
+    return fits
 
 
 def begin_at(walk: LayerWalk, journal: Journal, name: str) -> int:
@@ -118,5 +130,5 @@ def begin_at(walk: LayerWalk, journal: Journal, name: str) -> int:
     if last < 0:
         walk.embed()
     else:
-        walk.hidden_states.expect(last + 1, journal.facts(f"{name} {last}").get("hidden", []))
+        walk.hidden_states.expect(last + 1, journal.facts(f"{name} {last}").get(HIDDEN, []))
     return last + 1

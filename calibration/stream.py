@@ -26,6 +26,7 @@ from models.device import sent
 from models.errors import InputError
 from models.experts import RoutedBatch
 from models.layer_slot import Carry, LayerCall
+from models.needs import SNAPSHOT_SHARE
 from models.processes import ALONE, Processes
 from models.skeleton import Skeleton
 
@@ -209,7 +210,7 @@ class SnapshotClock:
     `share` of the work since, so that it costs that share at most and a kill loses little. A job
     that saves two streams halves it for each."""
 
-    def __init__(self, share: float = 0.1) -> None:
+    def __init__(self, share: float = SNAPSHOT_SHARE) -> None:
         self.share = share
         self.last_cost = 0.0
         self.since = time.monotonic()

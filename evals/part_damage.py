@@ -33,7 +33,7 @@ import torch
 
 from calibration.batches import BATCH_TOKENS
 from calibration.hidden_states import HiddenStates
-from calibration.resume import begin_at, keep_place
+from calibration.resume import HIDDEN, begin_at, keep_place
 from calibration.stream import LayerWalk, SnapshotClock, check_finite, tokens_are_finite
 from calibration.tokens import TokenSet
 from evals.fidelity import EvalSettings, check_fit, logits_at, predicted
@@ -179,7 +179,7 @@ def run_branches(
         skeleton.unload_layer(layer)
         release_freed_memory()
         walk.hidden_states.forget_from_ram(layer)
-        keep_place(walk, journal, f"{NAME} {layer}", layer, clock)
+        keep_place({HIDDEN: walk}, journal, f"{NAME} {layer}", layer, clock)
         progress(Step(job=NAME, done=layer + 1, total=walk.num_layers, note=f"layer {layer}"))
 
 

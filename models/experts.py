@@ -210,23 +210,13 @@ class RoutedExperts(nn.Module):
         # zero-computation experts sort behind; asking how many there are waits for a GPU
         routed = int(offsets_E[-1]) if self.zero_experts else len(expert_P)
         inputs_PD = hidden_states[token_P]
-        same_count = None if self.zero_experts else top_k
-        if self.inputs_only:
-            self.show(
-                offsets_E,
-                expert_P[:routed],
-                token_P[:routed],
-                weight_P[:routed],
-                hidden_states,
-                inputs_PD.new_empty(0),
-                inputs_PD=inputs_PD[:routed],
-                top_k=same_count,
-            )
-            return torch.zeros_like(hidden_states)
-        outputs_PD = self.expert_outputs(inputs_PD[:routed], expert_P[:routed], offsets_E)
-        fused = not self.sums_in_place and not self.zero_experts and _has_kernels(outputs_PD)
         total_TD = norms_P = None
-        if fused:
+        if self.inputs_only:
+            outputs_PD, total_TD = inputs_PD.new_empty(0), torch.zeros_like(hidden_states)
+        else:
+            outputs_PD = self.expert_outputs(inputs_PD[:routed], expert_P[:routed], offsets_E)
+        fused = not self.sums_in_place and not self.zero_experts and _has_kernels(outputs_PD)
+        if fused and total_TD is None:
             from models.kernels.experts import combine
 
             place_P = _inverse(order_P)
@@ -242,7 +232,7 @@ class RoutedExperts(nn.Module):
             outputs_PD,
             norms_P=norms_P,
             inputs_PD=inputs_PD[:routed],
-            top_k=same_count,
+            top_k=None if self.zero_experts else top_k,
         )
         if total_TD is not None:
             return total_TD

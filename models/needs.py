@@ -28,7 +28,8 @@ from models.sizes import Storage, bytes_in, largest_layer
 SAMPLE = 2048
 CALIBRATION_TOKENS = 1360 * SAMPLE  # the code-tools-swe mix
 SWEEPS = 1  # of refinement on a GPU
-SNAPSHOTS = 1.1  # `SnapshotClock` spends a tenth at most
+SNAPSHOT_SHARE = 0.1  # of a job's time, at most, for what makes it resumable
+SNAPSHOTS = 1 + SNAPSHOT_SHARE
 SLACK = 1.1  # memory that an allocator holds beyond what is in use
 CONTEXT = 0.6e9  # bytes of a CUDA context
 PLAIN = Storage("bfloat16")
@@ -131,9 +132,14 @@ def input_seconds(inventory: Inventory, tokens: int, machine: Machine) -> float:
     active = active_parameters(inventory)
     if inventory.spec.architecture.moe.feeds_linears:  # what experts give is wanted after all
         return forward_seconds(inventory, tokens, machine)
-    kept = min(tokens, machine.kept_bytes / (2 * inventory.spec.hidden_size))
     flops = tokens * (2 * active["rest"] + attention_flops(inventory))
+    kept = kept_tokens(inventory, tokens, machine)
     return (flops + kept * 2 * active["up"]) / machine.forward_flops
+
+
+def kept_tokens(inventory: Inventory, tokens: int, machine: Machine) -> float:
+    """T_kept."""
+    return min(tokens, machine.kept_bytes / (2 * inventory.spec.hidden_size))
 
 
 def active_parameters(inventory: Inventory) -> Mapping[str, float]:
@@ -161,7 +167,7 @@ def hessian_seconds(inventory: Inventory, tokens: int, machine: Machine) -> floa
     those of one module that are equally wide (q, k and v; gate and up) share their inputs."""
     spec = inventory.spec
     pairs = min(spec.top_k, spec.num_experts) * len(spec.moe_layers)
-    kept = min(tokens, machine.kept_bytes / (2 * spec.hidden_size))
+    kept = kept_tokens(inventory, tokens, machine)
     total = pairs * (tokens * spec.hidden_size**2 + kept * spec.expert_intermediate**2)
     inputs = {
         (weight.layer, weight.path.rpartition(".")[0].rpartition(".")[0], weight.shape[1])

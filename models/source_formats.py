@@ -33,7 +33,6 @@ from typing import Any
 import torch
 
 from models import exported
-from models.byte_copy import ByteRange
 from models.checkpoint import Checkpoint, TensorInfo
 from models.dequantize import (
     blocks_of,
@@ -46,7 +45,7 @@ from models.dequantize import (
 from models.errors import InputError
 from models.model_spec import ModelSpec
 from models.stored_parts import FORMATS, Format, Stored, logical_name, split_name
-from models.writer import OutputTensor
+from models.writer import OutputTensor, copied
 
 __all__ = ["Source", "logical_name", "quantization_config"]
 
@@ -131,8 +130,7 @@ class Source:
     def copied(self, logical: str) -> OutputTensor:
         """A plain tensor as the bytes it has on disk, for an output checkpoint."""
         (info,) = self.parts(logical)
-        ranges = (ByteRange(info.file, info.offset, info.nbytes),)
-        return OutputTensor(info.name, info.dtype, info.shape, ranges)
+        return copied(info, info.name)
 
     def shape(self, logical: str) -> tuple[int, ...]:
         """The decoded shape."""

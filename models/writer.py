@@ -30,7 +30,7 @@ from models.errors import InputError
 from models.journal import Journal, disk_errors, sync_folder
 from models.progress import Progress, Step, silent
 from models.shard_index import INDEX
-from models.shards import DTYPE_BITS
+from models.shards import DTYPE_BITS, TensorInfo
 
 MAX_SHARD_BYTES = 5_000_000_000
 SHARDS_IN_FLIGHT = 3
@@ -50,6 +50,13 @@ class OutputTensor:
     def nbytes(self) -> int:
         """Size in bytes."""
         return len(self.data) if self.data is not None else sum(r.nbytes for r in self.ranges)
+
+
+def copied(info: TensorInfo, name: str) -> OutputTensor:
+    """A source tensor's bytes under a name."""
+    return OutputTensor(
+        name, info.dtype, info.shape, (ByteRange(info.file, info.offset, info.nbytes),)
+    )
 
 
 @dataclass(frozen=True, slots=True)

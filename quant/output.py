@@ -15,6 +15,7 @@ from types import TracebackType
 
 import torch
 
+from models.byte_copy import Bytes
 from models.errors import InputError
 from models.journal import Journal
 from models.shard_index import INDEX
@@ -83,7 +84,7 @@ def output_of(name: str, tensor: torch.Tensor) -> OutputTensor | Computed:
     return with_data(name, tensor, flat.numpy().tobytes())
 
 
-def with_data(name: str, tensor: torch.Tensor, data: bytes | memoryview) -> OutputTensor:
+def with_data(name: str, tensor: torch.Tensor, data: Bytes) -> OutputTensor:
     """What is to be written of a tensor whose little-endian bytes are `data`."""
     return OutputTensor(name, SAFETENSORS_DTYPES[tensor.dtype], tuple(tensor.shape), data=data)
 
@@ -147,13 +148,12 @@ class UnitShards:
         """InputError when the disk is too small or foreign weights lie in the output."""
         names = ShardPlan(tuple(Shard(name, b"", (), 0) for _, name, _ in self.files), 0)
         refuse_strange_weights(names, journal.out)
-        todo = [t for _, name, ts in self.files if not journal.done(unit_of(name)) for t in ts]
-        check_space(journal.out, sum(tensor.nbytes for tensor in todo))
+        check_space(journal.out, self.missing_bytes(journal))
 
     def missing_bytes(self, journal: Journal) -> int:
         """What is still to be written."""
-        names = {name for _, name, _ in self.files if not journal.done(unit_of(name))}
-        return sum(t.nbytes for _, name, ts in self.files if name in names for t in ts)
+        todo = (ts for _, name, ts in self.files if not journal.done(unit_of(name)))
+        return sum(tensor.nbytes for tensors in todo for tensor in tensors)
 
     def written(self, unit: str, journal: Journal) -> bool:
         """True when every shard of the unit is recorded and lies there."""

@@ -26,7 +26,7 @@ import torch
 
 from calibration.batches import BATCH_TOKENS
 from calibration.hidden_states import HiddenStates
-from calibration.resume import begin_at, keep_place
+from calibration.resume import HIDDEN, begin_at, keep_place
 from calibration.stream import LayerWalk, SnapshotClock
 from calibration.tokens import TokenSet
 from models.errors import InputError
@@ -34,6 +34,7 @@ from models.journal import Journal, json_bytes
 from models.manifest import read_manifest, versions, write_manifest
 from models.memory import release_freed_memory
 from models.model_spec import ModelSpec
+from models.needs import SNAPSHOT_SHARE
 from models.opening import OpenModel, compute_device
 from models.processes import ALONE, Processes
 from models.progress import Progress, Step, silent
@@ -210,7 +211,7 @@ def run_layers(
     )
     num_layers = plan.opened.spec.num_layers
     begin = 0 if walk is None else begin_at(walk, journal, "hidden")
-    clock = SnapshotClock(0.1 if ahead is None else 0.05)
+    clock = SnapshotClock(SNAPSHOT_SHARE if ahead is None else SNAPSHOT_SHARE / 2)
     units = list(plan.by_unit)
     missing = partial(plan.shards.missing_bytes, journal)
     last_ranges: Mapping[str, float] = {}  # of the last layer's inputs; its weights are let go
@@ -231,7 +232,7 @@ def run_layers(
                     del result
                     place = f"hidden {layer}"
                     keep_place(
-                        walk,
+                        {HIDDEN: walk},
                         journal,
                         place,
                         layer,

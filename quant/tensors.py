@@ -13,10 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from models.byte_copy import ByteRange
 from models.checkpoint import TensorInfo
 from models.source_formats import Source
-from models.writer import OutputTensor
+from models.writer import OutputTensor, copied
 from quant.export import Layout, store, stored
 from quant.format import pack
 from quant.layer_rounding import LayerRounding
@@ -98,10 +97,3 @@ class OutputTensors:
             packed = pack(result.quantized[linear.module], scheme, input_global_scale=input_scale)
             for suffix, tensor in store(self.layout, packed, scheme, linear.module).items():
                 yield output_of(f"{linear.module}.{suffix}", tensor)
-
-
-def copied(info: TensorInfo, name: str) -> OutputTensor:
-    """A source tensor's bytes under a name."""
-    return OutputTensor(
-        name, info.dtype, info.shape, (ByteRange(info.file, info.offset, info.nbytes),)
-    )

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from calibration.hidden_states import HiddenStates
-from calibration.resume import begin_at, keep_place
+from calibration.resume import HIDDEN, begin_at, keep_place
 from calibration.stream import LayerWalk, SnapshotClock
 from calibration.tokens import TokenSet
 from models.journal import Journal
+from models.needs import SNAPSHOT_SHARE
 from models.opening import OpenModel
 from models.processes import ALONE, Processes
 from models.skeleton import Skeleton
@@ -57,7 +58,7 @@ class PruneAhead:
     journal: Journal | None = None
     missing: Callable[[], int] = lambda: 0
     next_layer: int = 0
-    clock: SnapshotClock = field(default_factory=lambda: SnapshotClock(0.05))
+    clock: SnapshotClock = field(default_factory=lambda: SnapshotClock(SNAPSHOT_SHARE / 2))
     damage: DamageWatch | None = None
     errors: dict[str, float] = field(default_factory=dict)
 
@@ -124,7 +125,8 @@ class PruneAhead:
             walk.run(layer)
         walk.hidden_states.forget_from_ram(layer)
         place = f"{NAME} {layer}"
-        keep_place(walk, journal, place, layer, self.clock, leaves=False, reserve=self.missing)
+        walks = {HIDDEN: walk}
+        keep_place(walks, journal, place, layer, self.clock, leaves=False, reserve=self.missing)
 
     def _stats(self, layer: int) -> LayerStats:
         assert self.journal is not None

@@ -15,7 +15,7 @@ from models.checkpoint import TensorInfo
 from models.errors import InputError
 from models.model_spec import ModelSpec
 from models.source_formats import Source
-from models.writer import OutputTensor
+from models.writer import OutputTensor, copied
 from reap.plan import PrunePlan
 
 # quantization_config keys that list module names or patterns
@@ -100,7 +100,7 @@ class Cut:
                 if tensor is not None:
                     yield tensor
             else:
-                yield whole(info, info.name)
+                yield copied(info, info.name)
 
     def _router(self, info: TensorInfo, place: Place) -> OutputTensor:
         assert place.layer is not None
@@ -113,7 +113,7 @@ class Cut:
         if place.expert is None:
             return rows_of(info, self.plan.num_experts, self.plan.layers[place.layer])
         name = self.rename(info.name)
-        return None if name is None else whole(info, name)
+        return None if name is None else copied(info, name)
 
     def config(self) -> dict[str, Any]:
         """config.json of the output."""
@@ -166,12 +166,6 @@ class Cut:
 def is_list(value: object) -> bool:
     """True for a JSON list."""
     return isinstance(value, list)
-
-
-def whole(info: TensorInfo, name: str) -> OutputTensor:
-    """A source tensor under a new name."""
-    ranges = (ByteRange(info.file, info.offset, info.nbytes),)
-    return OutputTensor(name, info.dtype, info.shape, ranges)
 
 
 def rows_of(info: TensorInfo, count: int, rows: Sequence[int]) -> OutputTensor:

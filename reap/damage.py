@@ -111,7 +111,7 @@ class DamageCollector:
     weights: list[torch.Tensor] = field(default_factory=list)
     token_weights: list[torch.Tensor] = field(default_factory=list)
     grams: list[torch.Tensor] = field(default_factory=list)  # [E, E]: one, or one for each batch
-    pending: tuple[torch.Tensor, torch.Tensor] | None = None
+    pending: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def routed(self, record: RoutedBatch, batch: Batch) -> None:
         """What the layer's experts did with a batch."""
@@ -129,25 +129,25 @@ class DamageCollector:
         self.inputs.append(record.inputs_TD[rows])
         weights_RE = torch.zeros(len(rows), self.num_experts, device=device)
         self.weights.append(weights_RE.scatter_(1, expert_TK[rows], weights_TK[rows]))
-        self.pending = (expert_TK, products_of(record.outputs_PD, order_TK, weights_TK))
+        self.pending = (expert_TK, products_of(record.outputs_PD, order_TK, weights_TK), rows)
 
     def left(self, batch: Batch, carry: Carry) -> None:
         """What left the layer for the batch `routed` saw last."""
         assert self.pending is not None
-        expert_TK, products_TKK = self.pending
+        expert_TK, products_TKK, rows = self.pending
         self.pending = None
         hidden = carry["hidden_states"]
         hidden_TD = hidden.reshape(len(batch.domain_T), -1)
         norm_T = torch.linalg.vector_norm(hidden_TD, dim=-1, dtype=torch.float32)
         weight_T = norm_T.square().clamp_min(1e-30).reciprocal()
-        self.token_weights.append(weight_T[sent(self.rows[batch.samples], hidden.device)])
+        self.token_weights.append(weight_T[rows])
         weighted_TKK = (products_TKK * weight_T[:, None, None]).double()
         padding_T = sent(batch.domain_T == PADDING, hidden.device)  # may hold anything
         weighted_TKK.masked_fill_(padding_T[:, None, None], 0.0)
         cells = (expert_TK[:, :, None] * self.num_experts + expert_TK[:, None, :]).flatten()
         if cells.is_cuda:
             segments = Segments.of(cells.int(), self.num_experts**2)
-            total = segments.reduced(weighted_TKK.flatten(), "sum")
+            total = segments.reduced(segments.sorted(weighted_TKK.flatten()), "sum")
         else:
             total = torch.bincount(cells, weighted_TKK.flatten(), minlength=self.num_experts**2)
         total = total.view(self.num_experts, -1)

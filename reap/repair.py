@@ -21,7 +21,6 @@ the experts behind the repaired layers (docs/log.md).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ import torch
 
 from calibration.batches import BATCH_TOKENS
 from calibration.hidden_states import HiddenStates
-from calibration.resume import has_room
+from calibration.resume import keep_place
 from calibration.stream import LayerWalk, SnapshotClock
 from calibration.tokens import TokenSet
 from models.byte_copy import ByteRange
@@ -120,23 +119,9 @@ class Repair:
                 cut.run(layer)
             for walk in (whole, cut):
                 walk.hidden_states.forget_from_ram(layer)
-            last = layer == layers[-1]
-            if last or clock.due():
-                began = time.monotonic()
-                walks = {"whole": whole, "pruned": cut}
-                other = cut.hidden_states.unsaved_bytes(layer + 1)
-                # nothing reads what leaves the last layer
-                if last or has_room(whole, journal, layer + 1, clock, other):
-                    saved = {
-                        name: [] if last else walk.snapshot(layer + 1)
-                        for name, walk in walks.items()
-                    }
-                    journal.record(f"repaired {layer}", layers=found, **saved)
-                    for walk in walks.values():
-                        walk.forget_before(layer + 2 if last else layer + 1)
-                    clock.took(time.monotonic() - began)
-            for walk in (whole, cut):
-                walk.forget_used(layer + 1)
+            walks, unit = {"whole": whole, "pruned": cut}, f"repaired {layer}"
+            # nothing reads what leaves the last layer
+            keep_place(walks, journal, unit, layer, clock, leaves=False, layers=found)
             tokens = (layer + 1 - begin) * whole.num_tokens
             note = f"layer {layer}"
             progress(

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save as save_tensors
 
 from calibration.batches import PADDING, Batch
-from calibration.hidden_states import Carry
 from calibration.stream import LayerWalk
 from models.errors import InputError
 from models.experts import RoutedBatch
 from models.journal import Journal, write_atomically
+from models.layer_slot import Carry
 from models.opening import OpenModel
 from reap.repair_descent import Aim, FedTokens, Matrices, descend, outputs_of_all
 from reap.repair_fit import (

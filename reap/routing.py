@@ -33,7 +33,7 @@ from models.model_spec import ModelSpec
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
 # Tokens whose experts the law must reproduce: near-ties of bfloat16 logits differ in float32.
 LEAST_AGREEMENT = 0.9
-SCREENING_ROWS = 256
+SCREENING_ROWS = 256  # on which a law must come near that, before it is tried on all
 MOST_WEIGHT_ERROR = 0.02  # relative, in the median: bfloat16 weights are rounded by up to 0.004
 
 
@@ -115,8 +115,7 @@ def identify(
     name, `weights_NE` what multiplied each expert's output, 0 where it was not chosen. InputError
     when no law fits.
     """
-    num_experts = logits_NE.shape[1]
-    zero_E, every_E = torch.zeros(num_experts), torch.ones(num_experts, dtype=torch.bool)
+    zero_E = torch.zeros(logits_NE.shape[1])
     biases: list[tuple[torch.Tensor, torch.Tensor]] = [(logits_NE, zero_E)]
     for vector_E in vectors.values():
         biases += [(logits_NE, vector_E), (logits_NE + vector_E, zero_E)]
@@ -134,13 +133,10 @@ def identify(
                     topk_groups=spec.topk_groups if spec.num_groups > 1 else 1,
                     group_top=spec.architecture.moe.group_top,
                 )
-                _, agreement, error = _fit(
-                    *law.route(logits[some], bias_E, every_E), weights_NE[some]
-                )
+                _, agreement, error = _fit(law, logits[some], bias_E, weights_NE[some])
                 if agreement < LEAST_AGREEMENT / 2 or error > 4 * MOST_WEIGHT_ERROR:
                     continue  # far off: not worth all rows
-                ids_NK, found_NK = law.route(logits, bias_E, every_E)
-                scale, agreement, error = _fit(ids_NK, found_NK, weights_NE)
+                scale, agreement, error = _fit(law, logits, bias_E, weights_NE)
                 if agreement >= LEAST_AGREEMENT and error <= MOST_WEIGHT_ERROR:
                     fitted = Router(replace(law, scale=scale), logits, bias_E)
                     found.append((round(agreement, 2), -error, fitted))
@@ -154,9 +150,11 @@ def identify(
 
 
 def _fit(
-    ids_NK: torch.Tensor, found_NK: torch.Tensor, weights_NE: torch.Tensor
+    law: RoutingLaw, logits_NE: torch.Tensor, bias_E: torch.Tensor, weights_NE: torch.Tensor
 ) -> tuple[float, float, float]:
-    """(scale, share of rows with the same experts, median relative error of their weights)."""
+    """(scale, share of rows with the same experts, median relative error of their weights) where
+    `law` routes the rows."""
+    ids_NK, found_NK = law.route(logits_NE, bias_E, torch.ones_like(bias_E, dtype=torch.bool))
     same_N = (weights_NE.gather(1, ids_NK) != 0).all(1) & (
         (weights_NE != 0).sum(1) == ids_NK.shape[1]
     )

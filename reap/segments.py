@@ -29,7 +29,10 @@ class Segments:
         """Values of each cell."""
         return self.ends.diff()
 
-    def reduced(self, values_N: torch.Tensor, how: str) -> torch.Tensor:
-        """Their "sum" or "max" in each cell, 0 where there is none."""
-        sorted_N = values_N[self.order_N]
+    def sorted(self, values_N: torch.Tensor) -> torch.Tensor:
+        """Values by cell, as `reduced` takes them."""
+        return values_N[self.order_N]
+
+    def reduced(self, sorted_N: torch.Tensor, how: str) -> torch.Tensor:
+        """The "sum" or "max" of each cell's values, 0 where there is none."""
         return torch.segment_reduce(sorted_N, how, offsets=self.ends, initial=0.0, unsafe=True)

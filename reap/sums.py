@@ -158,6 +158,7 @@ class LayerStats:
     ) -> None:
         shape = self.sums.count.shape
         segments = Segments.of(cell_P, shape.numel())
+        weights_P, norms_P = segments.sorted(weights_P), segments.sorted(norms_P)
         self.sums.count.add_(segments.count().view(shape))
         for total, values_P in self._addends(weights_P, norms_P):
             total.add_(segments.reduced(values_P, "sum").view(shape))

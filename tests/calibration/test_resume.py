@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from calibration.hidden_states import HiddenStates
-from calibration.resume import begin_at, keep_place
+from calibration.resume import HIDDEN, begin_at, keep_place
 from calibration.stream import LayerWalk, SnapshotClock
 from models.journal import Journal
 from models.opening import open_model
@@ -51,7 +51,9 @@ def test_without_room_a_job_goes_on_and_begins_earlier_after_a_kill(
             walk.run(layer)
             walk.hidden_states.forget_from_ram(layer)
             reserve = BEYOND_ANY_DISK if layer >= 2 else 0
-            keep_place(walk, journal, f"walk {layer}", layer, clock, reserve=lambda n=reserve: n)
+            keep_place(
+                {HIDDEN: walk}, journal, f"walk {layer}", layer, clock, reserve=lambda n=reserve: n
+            )
             if layer < 2:
                 assert generations(journal) == [layer + 1]
             else:
@@ -81,7 +83,7 @@ def test_behind_the_last_layer_only_what_is_read_stays(leaves: bool, tmp_path: P
         walk.hidden_states.forget_from_ram(layer)
         clock = SnapshotClock(share=1e9 if layer == 1 else 1e-9)
         clock.last_cost = 1.0
-        keep_place(walk, journal, f"walk {layer}", layer, clock, leaves=leaves)
+        keep_place({HIDDEN: walk}, journal, f"walk {layer}", layer, clock, leaves=leaves)
         if layer in (1, 2, 3):
             assert generations(journal) == [2]
     assert generations(journal) == ([walk.num_layers] if leaves else [])

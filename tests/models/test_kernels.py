@@ -5,22 +5,15 @@ On a GPU, or by Triton's interpreter: TRITON_INTERPRET=1 on a machine with trito
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tests.kernel_device import DEVICE, INTERPRETED, MARKS
+
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not (torch.cuda.is_available() or INTERPRETED), reason="wants a CUDA device"
-    ),
-]
-DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = MARKS
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 8), (5, 100), (3, 1024), (2, 2048 + 3)])

@@ -5,24 +5,16 @@ On a GPU, or by Triton's interpreter: TRITON_INTERPRET=1 on a machine with trito
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from calibration.batches import PADDING, Batch
 from models.experts import RoutedBatch
 from reap.damage import DamageCollector
+from tests.kernel_device import DEVICE, INTERPRETED, MARKS
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not (torch.cuda.is_available() or INTERPRETED), reason="wants a CUDA device"
-    ),
-]
-DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = MARKS
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
