@@ -10,9 +10,10 @@ adds what puts routed pairs into blocks.
     python benchmarks/expert_kernels.py [--formats W3 W4 NVFP4 FP8] [--tokens 1 8 64 512]
         [--kernels triton humming] [--tune] [--layer] [--out FILE.json]
 
---layer times a whole expert layer through the runtime (router, PackedExperts) in a CUDA graph
-beside the sum of its kernels, as the profiler has them; with --formats and no name behind it, that
-alone. --tune tries blocks of other sizes. Needs about 25 GB of GPU memory.
+--layer times a whole expert layer through the runtime in a CUDA graph beside the sum of its
+kernels, as the profiler has them: PackedExperts behind the routers of Qwen3-MoE and DeepSeek-V3.2,
+transformers' own and the runtime's. With --formats and no name behind it, that alone. --tune tries
+blocks of other sizes. Needs about 25 GB of GPU memory.
 """
 
 from __future__ import annotations
@@ -32,10 +33,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import DeepseekV32Config, Qwen3MoeConfig
+from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32TopkRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
+from models.families import spec_of
 from runtime.decode import decode_rows
 from runtime.experts import PackedExperts
 from runtime.packed import PackedWeights
+from runtime.router import FusedRouter, law_of, wrong_answers
 from runtime.storage import Storage
 
 if TYPE_CHECKING:
@@ -296,36 +302,65 @@ class Activation(nn.Module):
         self.act_fn = nn.SiLU()
 
 
+def router_of(family: str) -> tuple[nn.Module, FusedRouter]:
+    """transformers' router of a family at these sizes with random weights, and ours for it."""
+    common = {"hidden_size": 7168, "num_experts_per_tok": TOP_K, "norm_topk_prob": True}
+    common |= {"num_hidden_layers": 4, "first_k_dense_replace": 1}
+    if family == "qwen3_moe":
+        made: dict[str, Any] = {**common, "num_experts": EXPERTS}
+        router: nn.Module = Qwen3MoeTopKRouter(Qwen3MoeConfig(**made))
+    else:
+        made = {**common, "n_routed_experts": EXPERTS, "n_group": 8, "topk_group": 4}
+        made |= {"routed_scaling_factor": 2.5, "scoring_func": "sigmoid"}
+        router = DeepseekV32TopkRouter(DeepseekV32Config(**made))
+    router.to(DEVICE, BF16)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    for tensor in router.state_dict().values():
+        tensor.normal_(0.0, 0.01, generator=generator)
+    found = law_of(router, {}, spec_of({**made, "model_type": family}), BF16)
+    assert found is not None, f"no law found for {family}"
+    fused = FusedRouter(router, found, ())
+    assert not wrong_answers(fused, {}, BF16)
+    return router, fused
+
+
 def whole_layer(options: argparse.Namespace) -> None:
     """A layer through the runtime, its router included, beside the sum of its kernels."""
+    routers = {family: router_of(family) for family in ("qwen3_moe", "deepseek_v32")}
     for kernel_name, kernel in kernels_of(options.kernels).items():
         made = [random_weights(storage("W3", *SHAPES[s])) for s in ("gate_up", "down")]
         for weights in made:
             kernel.prepare(weights)
         layer = PackedExperts(0, Activation(), EXPERTS, *made)
         layer.kernel = kernel
-        router = torch.randn(EXPERTS, 7168, device=DEVICE).to(BF16)
-        for tokens in options.tokens:
-            inputs = [torch.randn(tokens, 7168, device=DEVICE).to(BF16) for _ in range(8)]
-
-            def run(x: torch.Tensor, layer: Any = layer, router: Any = router) -> Any:
-                scores = F.linear(x, router).softmax(-1)
-                weights, ids = scores.topk(TOP_K)
-                return layer(x, ids, weights)
-
-            kernels = kernel_seconds(run, inputs)
-            seconds = timed([partial(run, x) for x in inputs])
-            print(
-                f"layer {kernel_name} W3 {tokens:>4} tokens: {seconds * 1e6:8.1f} us in a graph, "
-                f"kernels {sum(kernels.values()) * 1e6:8.1f} us "
-                f"({seconds / sum(kernels.values()):.3f})",
-                flush=True,
-            )
-            if tokens == 1:
-                for name, own in sorted(kernels.items(), key=lambda pair: -pair[1]):
-                    print(f"    {own * 1e6:6.1f} us  {name[:70]}")
+        for family, pair in routers.items():
+            for title, router in zip(("transformers' router", "fused router"), pair, strict=True):
+                name = f"{kernel_name} W3, {family}'s {title}"
+                for tokens in options.tokens:
+                    time_layer(name, layer, router, tokens)
         del layer, made
         torch.cuda.empty_cache()
+
+
+def time_layer(name: str, layer: nn.Module, router: nn.Module, tokens: int) -> None:
+    """One line; at one token, the kernels too."""
+    inputs = [torch.randn(tokens, 7168, device=DEVICE).to(BF16) for _ in range(8)]
+
+    def run(x: torch.Tensor) -> Any:
+        _, weights, ids = router(x)
+        return layer(x, ids, weights)
+
+    kernels = kernel_seconds(run, inputs)
+    seconds = timed([partial(run, x) for x in inputs])
+    total = sum(kernels.values())
+    print(
+        f"layer {name}: {tokens:>4} tokens: {seconds * 1e6:8.1f} us in a graph, kernels "
+        f"{total * 1e6:8.1f} us ({seconds / total:.3f})",
+        flush=True,
+    )
+    if tokens == 1:
+        for kernel, own in sorted(kernels.items(), key=lambda pair: -pair[1]):
+            print(f"    {own * 1e6:6.1f} us  {kernel[:70]}")
 
 
 def kernel_seconds(

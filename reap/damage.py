@@ -2,7 +2,7 @@
 
 For a token t let y_t be the weighted sum of its experts in the model as it is, and y_t(S) that of
 the layer with only the experts S, routed anew and renormalised as the pruned router will do it
-(reap/routing.py). The damage of S is
+(models/routing.py). The damage of S is
 
     e(S) = sum_t a_t |y_t - y_t(S)|^2 / sum_t a_t |y_t|^2,      a_t = 1 / |h_t|^2
 
@@ -39,8 +39,8 @@ from models.errors import InputError
 from models.experts import RoutedBatch, RoutedExperts
 from models.layer_slot import Carry
 from models.processes import ALONE, Processes
+from models.routing import RoutingLaw, best_fit
 from models.skeleton import Skeleton
-from reap.routing import Router, RoutingLaw, identify
 from reap.segments import Segments
 
 SAMPLED_TOKENS = 2048
@@ -168,9 +168,9 @@ class DamageCollector:
         """The statistics, while the layer is loaded. InputError when its router is not known."""
         inputs_RD = torch.cat(self.inputs).to(skeleton.device)
         weights_RE = torch.cat(self.weights).cpu()
-        router = self._router(skeleton, inputs_RD, weights_RE)
+        law, logits_RE, bias_E = self._router(skeleton, inputs_RD, weights_RE)
         zero_to_all = torch.ones(self.num_experts, dtype=torch.bool)
-        choice_RE = router.law.probabilities(router.logits_NE, zero_to_all) + router.bias_E
+        choice_RE = law.probabilities(logits_RE, zero_to_all) + bias_E
         count = min(self.num_experts, CANDIDATES * self.top_k)
         candidates_RC = choice_RE.topk(count, dim=-1).indices
         # groups can choose an expert that is not among the best of all
@@ -188,9 +188,9 @@ class DamageCollector:
             0, candidates_RC.flatten(), squares_RC.flatten()
         )
         return LayerDamage(
-            law=router.law,
-            logits_RE=router.logits_NE,
-            bias_E=router.bias_E,
+            law=law,
+            logits_RE=logits_RE,
+            bias_E=bias_E,
             weights_RE=weights_RE,
             candidates_RC=candidates_RC.to(torch.int16),
             products_RCC=products_RCC,
@@ -201,7 +201,8 @@ class DamageCollector:
 
     def _router(
         self, skeleton: Skeleton, inputs_RD: torch.Tensor, weights_RE: torch.Tensor
-    ) -> Router:
+    ) -> tuple[RoutingLaw, torch.Tensor, torch.Tensor]:
+        """The router's law with the logits [R, E] and the selection bias [E] it works on."""
         matrix: torch.Tensor | None = None
         vectors: dict[str, torch.Tensor] = {}
         for name in skeleton.by_part[self.layer]:
@@ -218,7 +219,19 @@ class DamageCollector:
                 f"{inputs_RD.shape[1]}] is stored; score without --damage"
             )
         logits_RE = (inputs_RD.float() @ matrix.T.to(inputs_RD.device)).cpu()
-        return identify(skeleton.spec, self.layer, logits_RE, vectors, weights_RE)
+        # each stored vector may be a bias of the selection or of the logits, or neither
+        inputs = [(logits_RE, torch.zeros(self.num_experts))]
+        for vector_E in vectors.values():
+            inputs += [(logits_RE, vector_E), (logits_RE + vector_E, inputs[0][1])]
+        fitted = best_fit(skeleton.spec, inputs, weights_RE)
+        if fitted is None:
+            raise InputError(
+                f"layer {self.layer}: the router of this {skeleton.spec.architecture.title} model "
+                "follows no law that can be applied to fewer experts offline; score without "
+                "--damage, and use another criterion than output-error"
+            )
+        number, law = fitted
+        return law, *inputs[number]
 
     def _candidate_products(
         self, experts: RoutedExperts, inputs_RD: torch.Tensor, candidates_RC: torch.Tensor

@@ -24,8 +24,8 @@ from safetensors import safe_open
 
 from models.errors import InputError
 from models.journal import write_atomically
+from models.routing import law_from_json
 from reap.damage import TENSORS, LayerDamage
-from reap.routing import law_from_json
 
 FORMAT = "thresher.damage/1"
 DAMAGE_FILE = "damage.safetensors"

@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import torch
 
+from models.routing import RoutingLaw
 from reap.damage import LayerDamage
-from reap.routing import RoutingLaw
 from reap.sums import ExpertSums
 
 SWAP_ROUNDS = 2

@@ -36,6 +36,7 @@ from runtime.kernel_check import KernelCheck
 from runtime.packed import PackedWeights
 from runtime.packing import PackedModules, up_roles
 from runtime.placement import EMBED, HEAD, device_of, module_paths, place, spread
+from runtime.router import Routers
 from runtime.sampling import Sampling
 
 
@@ -60,6 +61,7 @@ class Loaded:
     device: torch.device  # where token ids go
     dtype: torch.dtype
     choice: Choice
+    routers: Routers
     placement: Mapping[str, Any]
     decoded: tuple[str, ...]  # tensors that could not be held packed
     nbytes: int
@@ -73,6 +75,7 @@ class Loaded:
         """What is where, for the log."""
         devices = sorted({str(device) for device in self.placement.values()})
         lines = [f"{self.nbytes / 1e9:,.2f} GB on {', '.join(devices)}", *self.choice.describe()]
+        lines += self.routers.describe()
         if self.decoded:
             more = f" and {len(self.decoded) - 1} more" if len(self.decoded) > 1 else ""
             lines.append(f"decoded on loading: {self.decoded[0]}{more}")
@@ -105,6 +108,7 @@ class Loader:
         self.source, self.spec = opened.source, opened.spec
         self.choice = Choice(settings.backend, device, dtype)
         self.check = KernelCheck(dtype)
+        self.routers = Routers(self.spec, dtype)
         self.skeleton = Skeleton(
             opened.source, dtype=dtype, device=device, attention=settings.attention
         )
@@ -134,6 +138,7 @@ class Loader:
             device=device_of(placement, paths[EMBED]) if placement else self.device,
             dtype=self.dtype,
             choice=self.choice,
+            routers=self.routers,
             placement=placement,
             decoded=tuple(self.packed.decoded),
             nbytes=sum(t.numel() * t.element_size() for t in tensors),
@@ -158,6 +163,8 @@ class Loader:
         if index in self.packed.experts:
             self._fill_experts(index)
         self.skeleton.load_layer(index)
+        if self.choice.kernels and self.skeleton.device.type == "cuda":
+            self.routers.fuse(index, self.skeleton.layers[index])
         release_freed_memory()
 
     def _fill_linears(self, part: Any) -> None:

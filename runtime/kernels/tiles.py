@@ -76,3 +76,8 @@ def tile_for(code: int, device: torch.device, average: int) -> Tile:
 def is_hopper(device: torch.device) -> bool:
     """Whether a device has warpgroups and overlapping launches as they were measured."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def ahead(device: torch.device) -> dict[str, bool]:
+    """What makes a launch overlap with the one before it (runtime/kernels/routed.py)."""
+    return {"AHEAD": True, "launch_pdl": True} if is_hopper(device) else {}

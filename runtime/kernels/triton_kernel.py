@@ -26,7 +26,7 @@ from runtime.kernel import TorchKernel
 from runtime.kernels import decoding, products, routed
 from runtime.kernels.order import SPAN, decoded_matrix, reorder
 from runtime.kernels.plans import Plan, by_expert
-from runtime.kernels.tiles import Tile, is_hopper, tile_for, tiles
+from runtime.kernels.tiles import Tile, ahead, tile_for, tiles
 from runtime.packed import PackedWeights
 from runtime.storage import Storage
 
@@ -267,8 +267,3 @@ def turned(x: torch.Tensor) -> torch.Tensor:
     """Columns where a wide product wants them: the 4 x 4 words of each 32 columns turned."""
     words = x.view(torch.int32).view(x.shape[0], -1, 4, 4).transpose(2, 3)
     return words.contiguous().view(x.dtype).view(x.shape)
-
-
-def ahead(device: torch.device) -> dict[str, bool]:
-    """What makes a launch overlap with the one before it (runtime/kernels/routed.py)."""
-    return {"AHEAD": True, "launch_pdl": True} if is_hopper(device) else {}

@@ -9,8 +9,9 @@ that are left,
 
 Which p, whether it normalises, the scale and whether a stored vector is a bias of the logits or
 of the selection are not tabled by family: every combination is tried on sampled tokens and must
-give the very experts and weights the model's own router gave (`identify`). So the law that
-re-routes tokens offline was seen to be the model's, or the model is refused.
+give the very experts and weights the model's own router gave (`best_fit`). So the law that
+re-routes tokens offline (reap/damage.py) or chooses experts in one kernel (runtime/router.py) was
+seen to be the model's, or there is none.
 
 Refused: running transformers' router on a cut model for every set looked at. Backward elimination
 looks at some E^2 / 4 sets a layer and wants to re-route only the tokens that a removal concerns.
@@ -20,14 +21,13 @@ Legend: N rows (tokens), E experts, K top_k.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 
-from models.errors import InputError
 from models.model_spec import ModelSpec
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
@@ -93,35 +93,18 @@ def law_from_json(content: Mapping[str, Any]) -> RoutingLaw:
     return RoutingLaw(**content)
 
 
-@dataclass(frozen=True, slots=True)
-class Router:
-    """A law with a layer's logits of some tokens [N, E] and its selection bias [E], float32."""
+def best_fit(
+    spec: ModelSpec, inputs: Sequence[tuple[torch.Tensor, torch.Tensor]], weights_NE: torch.Tensor
+) -> tuple[int, RoutingLaw] | None:
+    """The law that gives the experts and weights that a model's own router gave, and of what.
 
-    law: RoutingLaw
-    logits_NE: torch.Tensor
-    bias_E: torch.Tensor
-
-
-def identify(
-    spec: ModelSpec,
-    layer: int,
-    logits_NE: torch.Tensor,
-    vectors: Mapping[str, torch.Tensor],
-    weights_NE: torch.Tensor,
-) -> Router:
-    """The law under which `logits_NE` give the experts and weights the model's router gave.
-
-    `logits_NE` are router weight times input alone, `vectors` the router's other tensors [E] by
-    name, `weights_NE` what multiplied each expert's output, 0 where it was not chosen. InputError
-    when no law fits.
+    Every (logits [N, E], selection bias [E]) of `inputs` is tried; the answer is the number of
+    one of them and the law. `weights_NE` are what multiplied each expert's output, 0 where it was
+    not chosen. None when no law fits.
     """
-    zero_E = torch.zeros(logits_NE.shape[1])
-    biases: list[tuple[torch.Tensor, torch.Tensor]] = [(logits_NE, zero_E)]
-    for vector_E in vectors.values():
-        biases += [(logits_NE, vector_E), (logits_NE + vector_E, zero_E)]
-    found: list[tuple[float, float, Router]] = []
-    some = slice(None, None, max(1, len(logits_NE) // SCREENING_ROWS))
-    for logits, bias_E in biases:
+    found: list[tuple[float, float, int, RoutingLaw]] = []
+    some = slice(None, None, max(1, len(weights_NE) // SCREENING_ROWS))
+    for number, (logits_NE, bias_E) in enumerate(inputs):
         for score in get_args(Score):
             for normalises in (True, False):
                 law = RoutingLaw(
@@ -133,23 +116,19 @@ def identify(
                     topk_groups=spec.topk_groups if spec.num_groups > 1 else 1,
                     group_top=spec.architecture.moe.group_top,
                 )
-                _, agreement, error = _fit(law, logits[some], bias_E, weights_NE[some])
+                _, agreement, error = fit(law, logits_NE[some], bias_E, weights_NE[some])
                 if agreement < LEAST_AGREEMENT / 2 or error > 4 * MOST_WEIGHT_ERROR:
                     continue  # far off: not worth all rows
-                scale, agreement, error = _fit(law, logits, bias_E, weights_NE)
+                scale, agreement, error = fit(law, logits_NE, bias_E, weights_NE)
                 if agreement >= LEAST_AGREEMENT and error <= MOST_WEIGHT_ERROR:
-                    fitted = Router(replace(law, scale=scale), logits, bias_E)
-                    found.append((round(agreement, 2), -error, fitted))
+                    fitted = replace(law, scale=scale)
+                    found.append((round(agreement, 2), -error, number, fitted))
     if not found:
-        raise InputError(
-            f"layer {layer}: the router of this {spec.architecture.title} model follows no law "
-            "that can be applied to fewer experts offline; score without --damage, and use "
-            "another criterion than output-error"
-        )
-    return max(found, key=lambda entry: entry[:2])[2]
+        return None
+    return max(found, key=lambda entry: entry[:2])[2:]
 
 
-def _fit(
+def fit(
     law: RoutingLaw, logits_NE: torch.Tensor, bias_E: torch.Tensor, weights_NE: torch.Tensor
 ) -> tuple[float, float, float]:
     """(scale, share of rows with the same experts, median relative error of their weights) where
