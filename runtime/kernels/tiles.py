@@ -50,6 +50,9 @@ class Tile:
 
 # one token an expert to eight: as many warps as registers allow, 16 on each quarter of an SM
 FEW = Tile(8, 16, fence=True, registers=128)
+# of experts and more than one token there are more programs than an H200 runs at once, and with W4
+# 18 warps in shorter steps then do more than 16 in longer ones; of one token the longer steps do
+FEW_IN_WAVES = {INT4.value: Tile(8, 16, columns=256, fence=True, registers=112)}
 SOME = Tile(16, 32)
 MANY = Tile(32, 32)
 # where there are warpgroups, instead of MANY
@@ -66,10 +69,12 @@ def tiles(code: int, device: torch.device) -> tuple[Tile, ...]:
     return FEW, SOME, WIDE[code] if is_hopper(device) else MANY
 
 
-def tile_for(code: int, device: torch.device, average: int) -> Tile:
-    """The first that holds the average number of tokens an expert has, or the last."""
+def tile_for(code: int, device: torch.device, average: int, *, waves: bool = False) -> Tile:
+    """The first that holds the average number of tokens an expert has, or the last; `waves` where
+    there are more programs than run at once."""
     usable = tiles(code, device)
-    return next((tile for tile in usable if average <= tile.tokens), usable[-1])
+    tile = next((tile for tile in usable if average <= tile.tokens), usable[-1])
+    return FEW_IN_WAVES.get(code, FEW) if waves and tile is FEW else tile
 
 
 @cache

@@ -135,14 +135,14 @@ class TritonKernel:
         """Blocks of routed pairs, without asking the host."""
         pairs = ids_TK.numel()
         if ids_TK.shape[0] == 1:
-            tile = self.tile(weights, 1)
+            tile = tile_for(format_of(weights), weights.codes.device, 1)
             return Plan(1, self.nothing, ids_TK.contiguous(), self.nothing, pairs, tile)
         return by_expert(ids_TK, weights.experts, self.tile(weights, pairs))
 
     def tile(self, weights: PackedWeights, pairs: int) -> Tile:
-        """The blocks for so many routed pairs."""
+        """The blocks for so many routed pairs of more than one token."""
         average = -(-pairs // weights.experts)
-        return tile_for(format_of(weights), weights.codes.device, average)
+        return tile_for(format_of(weights), weights.codes.device, average, waves=True)
 
     def routed(
         self, weights: PackedWeights, x_TK: torch.Tensor, ids_TK: torch.Tensor

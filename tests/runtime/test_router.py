@@ -55,10 +55,10 @@ UNLIKE = {"granitemoe", "granitemoeshared", "granitemoehybrid", "llama4", "llama
 ELSEWHERE = {"hunyuan_v1_moe", "longcat_flash", "afmoe"}  # the weight is a Linear below the router
 
 
-def loaded_layer(family: str, folder: Path) -> tuple[nn.Module, Any, int]:
+def loaded_layer(family: str, folder: Path, device: str = "cpu") -> tuple[nn.Module, Any, int]:
     """A decoder layer with a learned router, filled, in bfloat16."""
     path = tiny_model(family, folder / "model", dtype="bfloat16")
-    skeleton = Skeleton(open_model(path).source, dtype=BF16, device=torch.device("cpu"))
+    skeleton = Skeleton(open_model(path).source, dtype=BF16, device=torch.device(device))
     index = skeleton.spec.scored_layers[-1]
     return skeleton.load_layer(index), skeleton.spec, index
 
@@ -113,6 +113,11 @@ def test_a_router_of_another_law_is_left_alone(tmp_path: Path) -> None:
     assert parts(layer, spec)[0] is router
 
 
+def first(out: Any) -> torch.Tensor:
+    """What a block gives to the layer, float32."""
+    return (out[0] if isinstance(out, tuple) else out).flatten(0, -2).float()
+
+
 class TestKernels:
     """On a GPU, or by Triton's interpreter."""
 
@@ -124,16 +129,19 @@ class TestKernels:
 
     @pytest.mark.parametrize("family", sorted(LAWS))
     def test_answers_are_the_router_s_own(self, family: str, tmp_path: Path) -> None:
-        layer, spec, index = loaded_layer(family, tmp_path)
-        layer.to(DEVICE)
+        layer, spec, index = loaded_layer(family, tmp_path, DEVICE)
         original, given = parts(layer, spec)
+        x_TD = random_tokens(original.weight, BF16)
+        block = layer.get_submodule(spec.architecture.moe.module)
+        before = block(x_TD[None, :9])
         routers = Routers(spec, BF16)
         routers.fuse(index, layer)
         assert "one kernel" in next(iter(routers.describe()))
-        block = layer.get_submodule(spec.architecture.moe.module)
         fused = next(m for m in block.modules() if isinstance(m, FusedRouter))
         assert fused.original is original
-        x_TD = random_tokens(original.weight, BF16)
+        # the block calls it as it called the original
+        apart = first(block(x_TD[None, :9])) - first(before)
+        assert (apart.norm(dim=-1) / first(before).norm(dim=-1)).median() < 0.02
         rows = [1, 2, 7, 8, 9, 33]
         for some in x_TD[: sum(rows)].split(rows):
             wanted, found = (router(some, *given.values()) for router in (original, fused))
@@ -203,8 +211,7 @@ class TestKernels:
         assert ((ids_TK >= 0) & (ids_TK < 5)).all()
 
     def test_a_kernel_that_answers_wrongly_is_seen(self, tmp_path: Path) -> None:
-        layer, spec, _ = loaded_layer("qwen3_moe", tmp_path)
-        layer.to(DEVICE)
+        layer, spec, _ = loaded_layer("qwen3_moe", tmp_path, DEVICE)
         router, given = parts(layer, spec)
         found = law_of(router, given, spec, BF16)
         assert found is not None

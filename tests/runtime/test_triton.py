@@ -33,6 +33,7 @@ STORAGES = [
     integer(33, 512, 3, 32),
     integer(33, 128, 4, 128),
     integer(41, 256, 4, 64),
+    integer(24, 1024, 4, 128),  # two steps of 512 columns, four of 256
     integer(50, 384, 4, 32),
     nvfp4(37, 256),
     fp8(200, 256, (128, 128)),
@@ -160,7 +161,8 @@ def tables() -> list[tuple[Storage, Tile]]:
     for storage in STORAGES:
         code = triton_kernel.FORMATS[storage.kind, storage.bits]
         wide = tiles.WIDE[code]
-        rows += [(storage, tile) for tile in (tiles.FEW, tiles.SOME, tiles.MANY, wide)]
+        waves = tiles.FEW_IN_WAVES.values() if code == 4 else ()
+        rows += [(storage, t) for t in (tiles.FEW, *waves, tiles.SOME, tiles.MANY, wide)]
     return rows
 
 
@@ -178,7 +180,7 @@ def test_every_tile(
     storage: Storage, tile: Tile, linear: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An expert without a token, blocks that are full and one that is not, one token, a Linear."""
-    monkeypatch.setattr(triton_kernel, "tile_for", lambda *_: tile)
+    monkeypatch.setattr(triton_kernel, "tile_for", lambda *_, **__: tile)
     weights, expected = on_device(storage, 3)
     assert weights.linear
     weights.linear = linear
@@ -234,6 +236,11 @@ def test_blocks_grow_with_the_average(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [tile_of(average) for average in (1, 8, 9, 16, 17, 300)]
     wide = tiles.WIDE[8]
     assert found == [tiles.FEW, tiles.FEW, tiles.SOME, tiles.SOME, wide, wide]
+    of_int4 = partial(tiles.tile_for, 4, torch.device("cuda"))
+    assert [of_int4(1), of_int4(8)] == [tiles.FEW, tiles.FEW]
+    found = [of_int4(average, waves=True) for average in (1, 8, 9)]
+    assert found == [tiles.FEW_IN_WAVES[4], tiles.FEW_IN_WAVES[4], tiles.SOME]
+    assert tile_of(8, waves=True) == tiles.FEW
     monkeypatch.setattr(tiles, "is_hopper", lambda _: False)
     assert [tile_of(average) for average in (4, 17)] == [tiles.FEW, tiles.MANY]
 
@@ -245,6 +252,8 @@ def test_a_whole_layer(tokens: int, top_k: int, monkeypatch: pytest.MonkeyPatch)
     The ids of one expert a token are every second of a tensor.
     """
     monkeypatch.setattr(tiles, "is_hopper", lambda _: True)
+    if DEVICE.type == "cpu":  # the interpreter launches nothing ahead
+        monkeypatch.setattr(triton_kernel, "ahead", lambda _: {})
     up, up_ENK = on_device(integer(128, 128, 4, 128).joined(2), 2)
     down, down_ENK = on_device(fp8(40, 128, (1, 128)), 2)
     layer = types.SimpleNamespace(up=up, down=down, num_experts=2, swiglu=True)
