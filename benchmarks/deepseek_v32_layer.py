@@ -1,6 +1,6 @@
 """DeepSeek-V3.2 on one GPU, measured on full-size layers by the real commands.
 
-    python -m benchmarks.deepseek_v32_layer FOLDER [--parts compress nvfp4 resume disk]
+    python -m benchmarks.deepseek_v32_layer FOLDER [--parts compress nvfp4 resume disk repair]
         [--tokens 131072 262144] [--json FILE]
 
 A checkpoint of one dense and two MoE layers (24 GB, random weights in the FP8 layout:
@@ -42,6 +42,7 @@ import torch
 from benchmarks.disk_rates import copy_rate, forget, read_rate, size, write_rate
 from benchmarks.full_size_model import HIDDEN, token_file, write_model
 from models.opening import open_model
+from reap.repair_layer import repaired_file
 from reap.stats import LayerStats, SaliencyStats
 
 SAMPLE = 2048
@@ -259,6 +260,39 @@ def measure_disk(folder: Path) -> dict[str, Any]:
     return facts
 
 
+def measure_repair(folder: Path, tokens: int) -> dict[str, Any]:
+    """Seconds of a layer's repair, all kinds, and peaks."""
+    model, scores, out = folder / "model", folder / "scores", folder / "repaired"
+    write_scores(model, scores)
+    shutil.rmtree(out, ignore_errors=True)
+    kinds = ["--repair", "scales,down,up", "--repair-tokens", str(token_file(folder, tokens))]
+    command = ["prune", str(model), "--scores", str(scores), "--keep", "128", *kinds]
+    began = time.monotonic()
+    process = subprocess.Popen([*THRESHER, *command, "-o", str(out), "--quiet"])
+    peaks = Peaks(process.pid)
+    peaks.start()
+    there: list[float] = []
+    while len(there) < MOE_LAYERS:
+        if process.poll() is not None:
+            raise SystemExit(f"prune --repair ended with status {process.returncode}")
+        file = repaired_file(out / ".thresher", 1 + len(there))  # the dense layer comes first
+        if file.exists():
+            there.append(time.monotonic() - began)
+            print(f"layer {1 + len(there)} of repair after {there[-1]:.1f} s", flush=True)
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    peaks.over.set()
+    facts = {
+        "tokens": tokens,
+        "layer_seconds": there[-1] - there[-2],
+        "gpu_gb": round(peaks.gpu / 1e9, 1),
+        "host_gib": round(peaks.host / 2**30, 1),
+    }
+    print(f"repair: {facts}", flush=True)
+    return facts
+
+
 def main() -> None:
     """Measure and print; --json keeps the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -284,6 +318,8 @@ def main() -> None:
             found[part] = measure_compress(folder, options.tokens[:1], 192, "NVFP4")
         elif part == "resume":
             found[part] = measure_resume(folder, options.tokens[0])
+        elif part == "repair":
+            found[part] = measure_repair(folder, options.tokens[0])
         else:
             found[part] = measure_disk(folder)
         if options.json:

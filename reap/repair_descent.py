@@ -13,6 +13,11 @@ own router gave it. A step moves a weight by a share of the root mean square of 
 layer, since bfloat16 and FP8 resolve shares too. Whether it helps is found on the quarter of the
 samples that chooses the ridge, held out of a first descent; the second is made on all tokens.
 
+A step takes the gradient of the layer's error by its outputs once, and then one expert after the
+other is gone through backwards and moved, so that what a descent holds besides the matrices are
+their two moments: with every gradient and every expert's activations at once, a layer of 128
+experts of DeepSeek-V3.2 did not fit on one GPU.
+
 Refused: moving the router in the same descent. It takes a hundredth of the layer's error beside
 gate and up (docs/log.md), and routing that changes with every step is no longer the model's own.
 
@@ -69,26 +74,51 @@ class Descent:
     helped: bool
 
 
+@dataclass(frozen=True, slots=True)
+class RoutedPairs:
+    """Some tokens' routed pairs by expert."""
+
+    num_tokens: int
+    order_P: torch.Tensor  # which (token, choice) of the B x K a pair is
+    token_P: torch.Tensor  # of the B
+    inputs_PD: torch.Tensor  # float32
+    weight_P1: torch.Tensor
+    counts: list[int]  # pairs of each expert
+
+    @staticmethod
+    def of(fed: FedTokens, rows_B: torch.Tensor, num_experts: int) -> RoutedPairs:
+        """The pairs of the tokens `rows_B`."""
+        ids_BK = fed.expert_TK[rows_B]
+        expert_P, order_P = torch.sort(ids_BK.flatten(), stable=True)
+        token_P = order_P // ids_BK.shape[1]
+        return RoutedPairs(
+            len(rows_B),
+            order_P,
+            token_P,
+            fed.inputs_TD[rows_B].float()[token_P],
+            fed.weight_TK[rows_B].flatten()[order_P, None],
+            torch.bincount(expert_P, minlength=num_experts).tolist(),
+        )
+
+    def by_expert(self) -> tuple[torch.Tensor, ...]:
+        """What enters each expert, [N, D]."""
+        return self.inputs_PD.split(self.counts)
+
+    def combined(self, outputs_END: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What the experts' outputs add up to for each token, float32 [B, D]."""
+        weighted_PD = torch.cat([own for own in outputs_END if len(own)]) * self.weight_P1
+        place_P = torch.empty_like(self.order_P)
+        place_P[self.order_P] = torch.arange(len(place_P), device=place_P.device)
+        return weighted_PD[place_P].view(self.num_tokens, -1, weighted_PD.shape[1]).sum(1)
+
+
 def outputs(
     fed: FedTokens, rows_B: torch.Tensor, matrices: Matrices, activate: Activate
 ) -> torch.Tensor:
     """What the routed experts give for some tokens, float32 [B, D]."""
-    ids_BK = fed.expert_TK[rows_B]
-    top_k = ids_BK.shape[1]
-    expert_P, order_P = torch.sort(ids_BK.flatten(), stable=True)
-    inputs_PD = fed.inputs_TD[rows_B].float()[order_P // top_k]
-    counts = torch.bincount(expert_P, minlength=len(matrices.up)).tolist()
-    parts = [
-        activate(inputs_ND @ up_GD.T) @ down_DF.T
-        for inputs_ND, up_GD, down_DF in zip(
-            inputs_PD.split(counts), matrices.up, matrices.down, strict=True
-        )
-        if len(inputs_ND)
-    ]
-    weighted_PD = torch.cat(parts) * fed.weight_TK[rows_B].flatten()[order_P, None]
-    place_P = torch.empty_like(order_P)
-    place_P[order_P] = torch.arange(len(order_P), device=order_P.device)
-    return weighted_PD[place_P].view(len(rows_B), top_k, -1).sum(1)
+    pairs = RoutedPairs.of(fed, rows_B, len(matrices.up))
+    every = zip(pairs.by_expert(), matrices.up, matrices.down, strict=True)
+    return pairs.combined([activate(x_ND @ up_GD.T) @ down_DF.T for x_ND, up_GD, down_DF in every])
 
 
 @torch.no_grad()
@@ -152,30 +182,69 @@ def moved(
     size = min(STEP_TOKENS, -(-len(row_R) // 8))
     draw = torch.Generator().manual_seed(0)
     # the caller may infer; what takes part in a gradient must not have been made so
-    with torch.inference_mode(False), torch.enable_grad():
-        found = Matrices(
-            [up_GD.clone().requires_grad_() for up_GD in start.up],
-            [down_DF.clone().requires_grad_(with_down) for down_DF in start.down],
-        )
+    with torch.inference_mode(False):
+        found = Matrices([up.clone() for up in start.up], [down.clone() for down in start.down])
         kinds = [found.up, found.down] if with_down else [found.up]
         rates = [RATE * root_mean_square(kind) for kind in kinds]
-        optimizer = torch.optim.Adam([{"params": list(kind)} for kind in kinds], betas=(0.9, 0.95))
+        experts = [
+            MovedExpert(up_GD, down_DF, activate, with_down=with_down)
+            for up_GD, down_DF in zip(found.up, found.down, strict=True)
+        ]
         square_R = aim.weight_T[row_R] * aim.wanted_TD[row_R].square().sum(1)
         scale = 1 / float(square_R.mean().clamp_min(1e-30))
         for step in range(STEPS):
             share = (1 - step / STEPS) * min(1, (step + 1) / WARM_STEPS)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = share * rate
             drawn_B = torch.randint(len(row_R), (size,), generator=draw)
             rows_B = row_R[drawn_B.to(row_R.device)]
-            lacking_BD = aim.wanted_TD[rows_B] - outputs(fed, rows_B, found, activate)
-            loss = scale * (aim.weight_T[rows_B] * lacking_BD.square().sum(1)).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return Matrices(
-        [up_GD.detach() for up_GD in found.up], [down_DF.detach() for down_DF in found.down]
-    )
+            pairs = RoutedPairs.of(fed, rows_B, len(experts))
+            given_END = [
+                expert.outputs(x_ND)
+                for expert, x_ND in zip(experts, pairs.by_expert(), strict=True)
+            ]
+            lacking_BD = aim.wanted_TD[rows_B] - pairs.combined(given_END)
+            # the gradient of scale * mean_B a_t |r_t - y_t|^2 by y_t
+            gradient_BD = (-2 * scale / size) * aim.weight_T[rows_B, None] * lacking_BD
+            gradient_PD = gradient_BD[pairs.token_P] * pairs.weight_P1
+            for expert, gradient_ND in zip(experts, gradient_PD.split(pairs.counts), strict=True):
+                if len(gradient_ND):
+                    expert.step(gradient_ND, [share * rate for rate in rates])
+    return found
+
+
+class MovedExpert:
+    """One expert's matrices, moved in place: gate and up, and down where it is corrected too."""
+
+    def __init__(
+        self, up_GD: torch.Tensor, down_DF: torch.Tensor, activate: Activate, *, with_down: bool
+    ) -> None:
+        self.up_GD, self.down_DF, self.activate = up_GD, down_DF, activate
+        self.moved = [up_GD, down_DF] if with_down else [up_GD]
+        groups = [{"params": [matrix]} for matrix in self.moved]
+        on_gpu = up_GD.is_cuda
+        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), foreach=False, fused=on_gpu)
+        nothing = torch.empty(0)
+        self.inputs_ND, self.up_NG, self.active_NF = nothing, nothing, nothing
+
+    def outputs(self, inputs_ND: torch.Tensor) -> torch.Tensor:
+        """What the expert gives, [N, D]."""
+        self.inputs_ND, self.up_NG = inputs_ND, (inputs_ND @ self.up_GD.T).requires_grad_()
+        with torch.enable_grad():
+            self.active_NF = self.activate(self.up_NG)
+        return self.active_NF.detach() @ self.down_DF.T
+
+    def step(self, gradient_ND: torch.Tensor, rates: list[float]) -> None:
+        """One step, at each matrix's rate, against the error's gradient by the last outputs."""
+        towards_NF = gradient_ND @ self.down_DF
+        (towards_NG,) = torch.autograd.grad(self.active_NF, self.up_NG, towards_NF)
+        gradients = [towards_NG.T @ self.inputs_ND]
+        if len(self.moved) > 1:
+            gradients.append(gradient_ND.T @ self.active_NF.detach())
+        for group, matrix, gradient, rate in zip(
+            self.optimizer.param_groups, self.moved, gradients, rates, strict=True
+        ):
+            group["lr"], matrix.grad = rate, gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 def root_mean_square(matrices: Sequence[torch.Tensor]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from models.opening import OpenModel
 from reap.repair_descent import Aim, FedTokens, Matrices, descend, outputs_of_all
 from reap.repair_fit import (
     HELD_OUT,
-    Correction,
     LayerTokens,
     RepairKind,
     RoutedInputs,
@@ -77,8 +77,14 @@ class LayerRepair:
         more: dict[str, Any] = {}
         files: dict[str, torch.Tensor] = {}
         changed_E = torch.zeros(len(old_EDF), dtype=torch.bool)
+        without_tokens = sum(not len(own.token_N) for own in tokens.experts)
         if "up" in self.kinds:
-            new_EDF, more, files, changed_E = self._descend(tokens, old_EDF, correction)
+            fitting = tokens.only(~tokens.held_out_T)
+            unseen_EDF, _ = fit(fitting, old_EDF, self.kinds, correction.ridge)
+            # at the size of DeepSeek-V3.2 what is not needed any more has to go before the descent
+            del fitting
+            tokens = replace(tokens, experts=())
+            new_EDF, more, files, changed_E = self._descend(tokens, old_EDF, new_EDF, unseen_EDF)
         changed_down = (new_EDF != old_EDF).flatten(1).any(1).tolist()
         found, rounded = down.stored(new_EDF, changed_down)
         write_atomically(repaired_file(journal.folder, layer), save_tensors(files | found))
@@ -88,23 +94,33 @@ class LayerRepair:
         skeleton.unload_layer(layer)
         return {
             "experts": int((changed_E | torch.tensor(changed_down)).sum()),
-            "without_tokens": sum(not len(own.token_N) for own in tokens.experts),
+            "without_tokens": without_tokens,
             "ridge": correction.ridge,
             "error_left": correction.lacking,
             **more,
         }
 
     def _descend(
-        self, tokens: LayerTokens, old_EDF: torch.Tensor, correction: Correction
+        self,
+        tokens: LayerTokens,
+        old_EDF: torch.Tensor,
+        fitted_EDF: torch.Tensor,
+        unseen_EDF: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, Any], dict[str, torch.Tensor], torch.Tensor]:
-        """(new down projections, facts, stored tensors of gate and up, whose experts they are)."""
+        """(new down projections, facts, stored tensors of gate and up, whose experts they are).
+
+        `fitted_EDF` are the corrected down projections, `unseen_EDF` those of the fit without the
+        held-out tokens.
+        """
         pruned, skeleton = self.pruned, self.cut.skeleton
         stored = [
             StoredMatrices(pruned, skeleton, self.layer, role)
             for role in up_roles(pruned.spec, skeleton.names, self.layer)
         ]
         parts = [matrices.read() for matrices in stored]
+        widths = [part.shape[1] for part in parts]
         old_EGD, activate = torch.cat(parts, 1), self.experts.activate
+        del parts
         fed = FedTokens(
             torch.cat([part.inputs_TD for part in self.fed]),
             torch.cat([part.expert_TK for part in self.fed]),
@@ -113,9 +129,7 @@ class LayerRepair:
         self.fed = []
         before = outputs_of_all(fed, Matrices(list(old_EGD), list(old_EDF)), activate)
         aim = Aim(tokens.lacking_TD + before, tokens.weight_T, tokens.held_out_T)
-        start = Matrices(list(old_EGD), list(correction.down_EDF))
-        fitting = tokens.only(~tokens.held_out_T)
-        unseen_EDF, _ = fit(fitting, old_EDF, self.kinds, correction.ridge)
+        start = Matrices(list(old_EGD), list(fitted_EDF))
         unseen = Matrices(list(old_EGD), list(unseen_EDF))
         with_down = "down" in self.kinds
         descent = descend(fed, aim, start, unseen, activate, with_down=with_down)
@@ -126,7 +140,6 @@ class LayerRepair:
         changed_E = (new_EGD != old_EGD).flatten(1).any(1).cpu()
         files: dict[str, torch.Tensor] = {}
         decoded: list[dict[int, torch.Tensor]] = []
-        widths = [part.shape[1] for part in parts]
         for matrices, new in zip(stored, new_EGD.split(widths, 1), strict=True):
             own_files, own = matrices.stored(new, changed_E.tolist())
             files |= own_files
