@@ -18,6 +18,7 @@ from itertools import accumulate
 import torch
 
 from calibration.tokens import TokenSet
+from models.device import sent
 
 PADDING = 255  # domain of a padding position
 # Positions of a batch by device. On a CPU small batches: attention scores and expert outputs of a
@@ -47,6 +48,15 @@ class Batch:
             return tuple(end - 1 for end in accumulate(self.lengths))
         width = self.input_ids.shape[1]
         return tuple(row * width + length - 1 for row, length in enumerate(self.lengths))
+
+    @property
+    def real_T(self) -> torch.Tensor:
+        """bool [T], False on padding, on the CPU."""
+        return self.domain_T != PADDING
+
+    def real_on(self, device: torch.device) -> torch.Tensor:
+        """`real_T` on `device`; a GPU is not waited for."""
+        return sent(self.real_T, device)
 
     @property
     def num_tokens(self) -> int:

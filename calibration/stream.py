@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-from calibration.batches import PADDING, Batch, cut, make_batch
+from calibration.batches import Batch, cut, make_batch
 from calibration.carries import carries_of
 from calibration.hidden_states import HiddenStates
 from calibration.packing import check_packable, cut_packed, pack_batch
@@ -192,8 +192,7 @@ def tokens_are_finite(batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
     """Whether every token's row is finite, where `hidden` is; padding rows may hold anything."""
     rows = hidden.reshape(len(batch.domain_T), -1)
     largest_T = torch.linalg.vector_norm(rows, torch.inf, dim=-1)
-    padding_T = sent(batch.domain_T == PADDING, hidden.device)
-    return (torch.isfinite(largest_T) | padding_T).all()
+    return (torch.isfinite(largest_T) | ~batch.real_on(hidden.device)).all()
 
 
 def check_finite(layer: int, finite: list[torch.Tensor]) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from calibration.batches import PADDING, Batch
+from calibration.batches import Batch
 from models.device import sent
 from models.experts import RoutedBatch, RoutedExperts
 from quant.hessians import add_products, made_symmetric, whole_range, zero_sums
@@ -64,7 +64,7 @@ def pairs_of(record: RoutedBatch, batch: Batch, num_experts: int) -> Pairs:
     """What a batch's experts got, padding left out."""
     token_P, expert_P = record.token_P, record.expert_P.long()  # some routers choose in int32
     weight_P = record.router_weights_P
-    real_T = batch.domain_T != PADDING
+    real_T = batch.real_T
     if not bool(real_T.all()):
         real_P = sent(real_T, token_P.device)[token_P]
         if record.top_k is None:

@@ -26,7 +26,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from calibration.batches import PADDING, Batch
+from calibration.batches import Batch
 from models.device import sent
 from models.experts import RoutedBatch, RoutedExperts
 from models.needs import hessian_rows
@@ -56,7 +56,7 @@ class LinearInputs:
         if self.source[name] != name:
             return
         rows = x.reshape(len(batch.domain_T), -1)
-        real_T = batch.domain_T != PADDING
+        real_T = batch.real_T
         if not bool(real_T.all()):  # listed on the CPU: nothing here waits for the GPU
             rows = rows[sent(real_T.nonzero().flatten(), x.device)]
         low, high = torch.aminmax(rows)
@@ -193,7 +193,7 @@ class RoutedInputs:
     def add(self, record: RoutedBatch, batch: Batch) -> None:
         """Keep what one batch's experts got; padding left out."""
         token_P, expert_P = record.token_P.cpu(), record.expert_P.cpu()
-        real_P = batch.domain_T[token_P] != PADDING
+        real_P = batch.real_T[token_P]
         weight_P = None
         if record.weights_applied_to_input:  # Llama-4: the expert's input is w x
             weight_P = record.router_weights_P.cpu()[real_P]

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from calibration.batches import PADDING, Batch
+from calibration.batches import Batch
 from models.experts import RoutedBatch, RoutedExperts
 from models.processes import Parcel, Processes
 from quant.expert_linears import ExpertLinears
@@ -93,13 +93,13 @@ class InputExchange:
             self.entered[-1][0].append(name)
             return
         self.last = x
-        real_T = (batch.domain_T != PADDING).to(x.device)
+        real_T = batch.real_on(x.device)
         self.entered.append(([name], x.reshape(len(real_T), -1)[real_T]))
 
     def add_routed(self, record: RoutedBatch, batch: Batch) -> None:
         """What one batch's experts got; as `RoutedInputs.add`."""
         device = record.token_P.device
-        real_P = (batch.domain_T != PADDING).to(device)[record.token_P]
+        real_P = batch.real_on(device)[record.token_P]
         token_P, expert_P = record.token_P[real_P], record.expert_P[real_P]
         weight_P = record.router_weights_P[real_P] if record.weights_applied_to_input else None
         owner_P = self.owner_E.to(device)[expert_P]

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from calibration.batches import PADDING, Batch
+from calibration.batches import Batch
 from calibration.tokens import TokenSet
 from models.device import has_kernels, sent
 from models.errors import InputError
@@ -142,7 +142,7 @@ class DamageCollector:
         weight_T = norm_T.square().clamp_min(1e-30).reciprocal()
         self.token_weights.append(weight_T[rows])
         weighted_TKK = (products_TKK * weight_T[:, None, None]).double()
-        padding_T = sent(batch.domain_T == PADDING, hidden.device)  # may hold anything
+        padding_T = ~batch.real_on(hidden.device)  # may hold anything
         weighted_TKK.masked_fill_(padding_T[:, None, None], 0.0)
         cells = (expert_TK[:, :, None] * self.num_experts + expert_TK[:, None, :]).flatten()
         if cells.is_cuda:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save as save_tensors
 
-from calibration.batches import PADDING, Batch
+from calibration.batches import Batch
 from calibration.stream import LayerWalk
 from models.errors import InputError
 from models.experts import RoutedBatch
@@ -162,7 +162,7 @@ class LayerRepair:
 
     def _routed(self, record: RoutedBatch, batch: Batch) -> None:
         """Each expert's tokens and what its down projection was fed, times the router's weight."""
-        real_T = (batch.domain_T != PADDING).to(record.token_P.device)
+        real_T = batch.real_on(record.token_P.device)
         place_T = real_T.cumsum(0) - 1 + self.seen
         assert record.inputs_PD is not None  # weighted inputs were refused
         activated_PF = self.experts.activated(record.inputs_PD, record.expert_P, record.offsets_E)
@@ -196,7 +196,7 @@ class LayerRepair:
             )
         wanted = self.whole.hidden_states.take(self.layer + 1, self.number, keep=True)
         self.number += 1
-        real_T = (batch.domain_T != PADDING).to(hidden.device)
+        real_T = batch.real_on(hidden.device)
         wanted_TD = wanted["hidden_states"].to(hidden.device).flatten(0, 1)[real_T].float()
         self.lacking.append(wanted_TD - hidden.flatten(0, 1)[real_T].float())
         self.weight.append(wanted_TD.square().sum(1).clamp_min(1e-30).reciprocal())
