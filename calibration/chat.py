@@ -7,7 +7,9 @@ served is returned so that it can be counted:
 
   template   the template takes messages and tools as they are (arguments as objects, which is
              transformers' convention; as JSON strings for templates that concatenate them; the
-             last turn's reasoning inside the content, for templates that know no other place).
+             last turn's reasoning inside the content, for templates that know no other place; a
+             developer's messages as a system's). Words that a template drops beside calls by its
+             own rule (Llama-3.1, older Mistral) stay dropped: the form of its calls counts more.
   folded     the template refuses or silently leaves out a role, the tools or the calls: system text
              and tools are written into the first user message, calls into the assistant's content,
              tool results into a user message; consecutive messages of a role are joined.
@@ -69,6 +71,12 @@ __all__ = [
 
 Rendering = Literal["template", "deepseek_v32", "folded", "plain", "text"]
 
+# What a template's own code raises on messages it was not written for, besides raise_exception: str
+# plus dict, `content.index(..)`, a key that is not there, arguments nested too deep.
+TEMPLATE_BUGS = (
+    ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+)  # fmt: skip
+
 TOKENIZER_FILES = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt",
     "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model", "tiktoken.model",
@@ -88,7 +96,7 @@ def render(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> tuple[str, Ren
             return deepseek_v32.encode_sample(sample), "deepseek_v32"
         return plain(sample), "plain"
     tries = [sample, reasoning_inside(sample)] if last_reasoning(sample) else [sample]
-    for one in tries:
+    for one in (*tries, *(developer_as_system(one) for one in tries if has_developer(one))):
         for arguments_as_text in (False, True):
             text = templated(tokenizer, one.messages, one.tools, arguments_as_text)
             if text is not None and says_everything(text, sample):
@@ -115,7 +123,7 @@ def templated(
         text = tokenizer.apply_chat_template(
             list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=False
         )
-    except (TemplateError, TypeError):  # raise_exception of the template; str + dict inside it
+    except (TemplateError, *TEMPLATE_BUGS):
         return None
     assert isinstance(text, str)
     return text
@@ -136,14 +144,32 @@ def with_text_arguments(message: Message) -> Message:
 
 
 def says_everything(text: str, sample: Sample) -> bool:
-    """Whether no tool, no call, no user's or system's words and no reasoning of the last turn were
-    left out by the template."""
+    """Whether no tool, no call, no words of anyone but the assistant and no reasoning of the last
+    turn were left out by the template."""
     if not all(reasoning.strip() in text for reasoning in last_reasoning(sample)):
         return False
     called = [call for message in sample.messages for call in message.get("tool_calls", ())]
     names = [item["function"]["name"] for item in (*sample.tools, *called)]
-    spoken = [m["content"].strip() for m in sample.messages if m["role"] in ("system", "user")]
-    return all(words in text for words in (*names, *spoken))
+    others = [m["content"] for m in sample.messages if m["role"] != "assistant"]
+    return all(says(text, words.strip()) for words in (*names, *others))
+
+
+def says(text: str, words: str) -> bool:
+    """Whether the words stand in the text, as they are or inside a JSON string: some templates
+    write tools' results as JSON."""
+    return words in text or compact(words)[1:-1] in text
+
+
+def has_developer(sample: Sample) -> bool:
+    """Whether a developer speaks."""
+    return any(message["role"] == "developer" for message in sample.messages)
+
+
+def developer_as_system(sample: Sample) -> Sample:
+    """The sample for templates that know a system only."""
+    named = {"developer": "system"}
+    messages = ({**m, "role": named.get(m["role"], m["role"])} for m in sample.messages)
+    return replace(sample, messages=tuple(messages))
 
 
 def last_reasoning(sample: Sample) -> list[str]:
@@ -167,11 +193,11 @@ def reasoning_inside(sample: Sample) -> Sample:
 def folded(sample: Sample) -> list[Message]:
     """The conversation in user and assistant messages alone, alternating, nothing left out."""
     turns: list[tuple[str, list[str]]] = []
-    opening = [tools_text(sample.tools)] if sample.tools else []
+    opening: list[str] = []
     for message in sample.messages:
         role, text = message["role"], spoken_text(message)
         if role in ("system", "developer"):
-            opening.insert(0, text)
+            opening.append(text)
             continue
         if role == "tool":
             role, text = "user", f"Tool: {text}"
@@ -183,7 +209,7 @@ def folded(sample: Sample) -> list[Message]:
             turns.append((role, [text]))
     if not turns:
         turns.append(("user", []))
-    turns[0][1][:0] = opening
+    turns[0][1][:0] = [*opening, *([tools_text(sample.tools)] if sample.tools else [])]
     return [{"role": role, "content": "\n\n".join(texts)} for role, texts in turns]
 
 
@@ -225,10 +251,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> tuple[list[int
     """
     text, rendering = render(tokenizer, sample)
     split = {"split_special_tokens": True} if rendering == "text" else {}
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise SampleError("half of a surrogate pair in its text") from None
+    check_whole(text)
     ids = list(tokenizer(text, add_special_tokens=False, verbose=False, **split)["input_ids"])
     bos = tokenizer.bos_token_id
     if bos is None:
@@ -239,6 +262,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> tuple[list[int
     if content or starts_with_bos(tokenizer):
         ids = [bos, *ids[content:]]
     return ids, rendering
+
+
+def check_whole(text: str) -> None:
+    """SampleError for half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise SampleError("half of a surrogate pair in its text") from None
 
 
 def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from calibration.hub import HubSource, whole_split
-from calibration.messages import Sample
+from calibration.messages import Sample, SampleError, read_json
 from calibration.rows import Rejected, Row, Shape, converted, shape_of, without_nulls
 from models.errors import InputError
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 LOCAL_SUFFIXES = (".jsonl.gz", ".jsonl", ".parquet")
+# How the library complains of a file without a row: text, parquet.
+EMPTY = ("at least one example", "corresponds to no data")
 
 
 def is_local_file(source: str) -> bool:
@@ -42,7 +44,7 @@ def file_samples(path: str, seed: int) -> Generator[Sample | Rejected, None, Non
     with tempfile.TemporaryDirectory(prefix="thresher-rows-") as folder:
         rows = opened(path, folder)
         if len(rows) == 0:
-            raise InputError(f"{path} holds no rows; give a file that does")
+            raise no_rows(path)
         order = list(range(len(rows)))
         random.Random(f"thresher rows {seed}").shuffle(order)
         if path.endswith(".parquet"):
@@ -50,9 +52,11 @@ def file_samples(path: str, seed: int) -> Generator[Sample | Rejected, None, Non
             for place in order:
                 yield converted(shape, without_nulls(rows[place]))
             return
+        if not any(line_of(row).strip() for row in rows):
+            raise no_rows(path)
         shape = shape_of(first_columns(rows), path)
         for place in order:
-            line = rows[place]["text"]
+            line = line_of(rows[place])
             if line.strip():
                 yield parsed(shape, line)
 
@@ -67,16 +71,29 @@ def opened(path: str, folder: str) -> Dataset:
         return datasets.load_dataset(kind, data_files=[path], cache_dir=folder, split="train")
     except (datasets.exceptions.DatasetsError, OSError, ValueError, EOFError) as problem:
         cause = problem.__cause__ or problem
+        if any(words in str(cause) for words in EMPTY):
+            raise no_rows(path) from problem
         reason = " ".join(str(cause).split())[:200]
         raise InputError(f"{path} cannot be read as {kind} ({reason}); check the file") from problem
+
+
+def no_rows(path: str) -> InputError:
+    """That a file is empty."""
+    return InputError(f"{path} holds no rows; give a file that does")
+
+
+def line_of(row: Row) -> str:
+    """A line of a text file, without the byte order mark that some programs begin files with."""
+    line: str = row["text"]
+    return line.removeprefix("\ufeff")
 
 
 def first_columns(rows: Dataset) -> list[str]:
     """Columns of the first line that is a JSON object; none when no line is."""
     for row in rows:
         try:
-            read = json.loads(row["text"])
-        except json.JSONDecodeError:
+            read = read_json(line_of(row), "line is")
+        except SampleError:
             continue
         if isinstance(read, dict):
             return list(read)
@@ -86,9 +103,9 @@ def first_columns(rows: Dataset) -> list[str]:
 def parsed(shape: Shape, line: str) -> Sample | Rejected:
     """The sample of one line of JSON."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return Rejected(reason="line is not JSON")
+        row = read_json(line, "line is")
+    except SampleError as problem:
+        return Rejected(reason=str(problem))
     if not isinstance(row, dict):
         return Rejected(reason="line is not a JSON object")
     return converted(shape, row)
@@ -106,6 +123,6 @@ def raw_rows(source: str, subset: str | None, split: str) -> list[Row]:
         if source.endswith(".parquet"):
             return [dict(row) for row in rows]
         try:
-            return [json.loads(row["text"]) for row in rows if row["text"].strip()]
-        except ValueError as problem:
+            return [json.loads(line) for line in map(line_of, rows) if line.strip()]
+        except (ValueError, RecursionError) as problem:
             raise InputError(f"{source} is not JSON Lines ({problem}); check it") from problem

@@ -108,10 +108,8 @@ def normalised_call(raw: object, default_id: str) -> dict[str, Any]:
     if not isinstance(name, str) or not name:
         raise SampleError("tool call without a name")
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except json.JSONDecodeError:
-            raise SampleError("tool call whose arguments are not JSON") from None
+        said = "tool call whose arguments are"
+        arguments = read_json(arguments, said) if arguments.strip() else {}
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
@@ -128,6 +126,19 @@ def normalised_tool(raw: object) -> Tool:
     return {"type": "function", "function": raw}
 
 
+def read_json(text: str, said: str) -> Any:
+    """The value of a row's JSON text. Raises SampleError beginning with `said`: "line is"."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise SampleError(f"{said} not JSON") from None
+    except (ValueError, RecursionError):  # Python reads 4,300 digits and 1,000 levels or so
+        raise SampleError(f"{said} JSON with too long a number or too deep a nesting") from None
+
+
 def compact(value: object) -> str:
-    """JSON with its characters as they are."""
-    return json.dumps(value, ensure_ascii=False)
+    """JSON with its characters as they are. Raises SampleError where it is nested too deep."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:  # what could just be read cannot be written from a deeper call
+        raise SampleError("a call or tool with too deep a nesting") from None

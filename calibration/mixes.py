@@ -42,6 +42,7 @@ from models.errors import InputError
 Balance = Literal["rows", "tokens", "domains"]
 
 DEFAULT_MAX_LENGTH = 2048
+ALL = "all"  # stands for every domain in reports, --weights and --protect
 MAX_DOMAINS = 255  # domain is uint8 and 255 marks padding
 
 COMPONENT = re.compile(
@@ -259,6 +260,11 @@ def checked(mix: Mix) -> Mix:
     """The mix, its sources known to exist as far as that can be told without the network."""
     for component in mix.components:
         check_source(component)
+        if component.domain == ALL:
+            raise InputError(
+                f"{component.source} would be the domain {ALL!r}, which means all domains; rename "
+                "the file, or give it another `domain` in a YAML mix"
+            )
     if len(mix.domains) > MAX_DOMAINS:
         raise InputError(f"{len(mix.domains)} domains; at most {MAX_DOMAINS} are told apart")
     return mix

@@ -19,7 +19,6 @@ there is one (up to 21 runs of an issue in SWE-smith), else the first user messa
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +30,7 @@ from calibration.messages import (
     normalised_call,
     normalised_message,
     normalised_tool,
+    read_json,
     user_and_assistant,
 )
 from calibration.tool_schemas import json_schema_tool, trajectory_tools
@@ -61,8 +61,9 @@ def from_messages(row: Row) -> Sample:
     tools = tools_of(row)
     calls = [call for message in messages for call in message.get("tool_calls", ())]
     if calls and not tools:
-        names = row.get("tool_names")
-        offered = [name for name in names if isinstance(name, str)] if names else []
+        offered = listed(row.get("tool_names"), "tool_names")
+        if not all(isinstance(name, str) for name in offered):
+            raise SampleError("tool_names with an entry that is not text")
         tools = tuple(trajectory_tools(calls, offered))
     return Sample(messages=messages, tools=tools)
 
@@ -152,9 +153,12 @@ def converted(shape: Shape, row: Row) -> Sample | Rejected:
 def instance_of(row: Row, sample: Sample) -> str:
     """What the row shares with other runs of its task (see the module), as a digest."""
     told = row.get("instance_id")
+    if isinstance(told, int):
+        told = str(told)
     if not isinstance(told, str) or not told:
-        asked = [m["content"] for m in sample.messages if m["role"] in ("user", "developer")]
-        told = sample.text or (asked or [m["content"] for m in sample.messages])[0]
+        # A developer's text is often the same in all rows: a question only where no user asks.
+        asks = {"user": 0, "developer": 1}
+        told = sample.text or min(sample.messages, key=lambda m: asks.get(m["role"], 2))["content"]
     return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -167,10 +171,7 @@ def tools_of(row: Row) -> tuple[Tool, ...]:
 def listed(value: object, column: str) -> list[Any]:
     """A column that is a list or the JSON text of one; None is empty."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else []
-        except json.JSONDecodeError:
-            raise SampleError(f"{column} is not JSON") from None
+        value = read_json(value, f"{column} is") if value.strip() else []
     if value is None:
         return []
     if not isinstance(value, list):

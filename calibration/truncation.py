@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from calibration.chat import Rendering, encode, spoken_text, tools_text
+from calibration.chat import Rendering, check_whole, encode, spoken_text, tools_text
 from calibration.messages import Message, Sample
 
 if TYPE_CHECKING:
@@ -170,6 +170,8 @@ def part_of(
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Ids of texts without anything added."""
+    """Ids of texts without anything added. Raises SampleError as `encode` does."""
+    for text in texts:
+        check_whole(text)
     found: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return found

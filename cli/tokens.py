@@ -82,6 +82,8 @@ def tokens(
     files = beside(out)
     wanted = [out, *([files["heldout"]] if holdout else [])]
     wanted += [files["html"], files["png"]] if report else []
+    if out in wanted[1:]:
+        raise InputError(f"{out} is the name of a page of --report; end -o in .safetensors")
     for file in wanted:
         if file.exists() and not force:
             raise InputError(f"{file} exists; choose another name, or use --force to replace it")

@@ -49,6 +49,15 @@ REFUSES = """{{ bos_token }}{% for message in messages %}
 IGNORES_TOOLS = """{% for message in messages %}<|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>
 {% endfor %}"""
+CHAIN = """{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}
+{% elif m.role == 'user' %}U: {{ m.content }}
+{% elif m.role == 'assistant' %}A: {{ m.content }}{% for call in m.tool_calls or [] %}
+{{ call.function | tojson }}{% endfor %}
+{% endif %}{% endfor %}{{ tools | tojson }}"""
+RESULTS_AS_JSON = """{% for m in messages %}{{ m.role }}:
+{%- if m.role == 'tool' %}{{ m.content | tojson }}
+{%- else %}{{ m.content.split('</think>')[-1] }}{{ (m.tool_calls or '') | tojson }}{% endif %}
+{% endfor %}{{ tools | tojson }}"""
 EVERYTHING = ("Be brief.", "Weather?\nIn Köln.", "get_weather", "Köln", "sunny", "It is sunny.")
 
 
@@ -68,6 +77,64 @@ def test_nothing_is_left_out(wrap: Wrap, template: str | None, form: str) -> Non
     assert rendering == form
     for words in EVERYTHING:
         assert words in text, words
+
+
+ASKED = {"role": "user", "content": "Weather?"}
+LOOKS = {"role": "assistant", "content": "I look first.", "tool_calls": [CALL]}
+SEEN = {"role": "tool", "content": "sunny"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "form"),
+    [
+        (({"role": "developer", "content": "Be terse."}, ASKED), "template"),
+        ((ASKED, LOOKS, SEEN), "folded"),
+    ],
+    ids=["developer", "tool"],
+)
+def test_a_message_that_a_template_drops_is_said_otherwise(
+    wrap: Wrap, messages: tuple[dict[str, Any], ...], form: str
+) -> None:
+    """A developer as a system; a role that is not known at all within the others."""
+    sample = Sample(messages=tuple(normalised_message(m) for m in messages), tools=(WEATHER,))
+    text, rendering = render(wrap(CHAIN), sample)
+    assert rendering == form
+    for message in messages:
+        assert message["content"] in text
+
+
+def test_results_as_json_and_early_reasoning_are_not_missed(wrap: Wrap) -> None:
+    """What templates write in another form or drop by their own rule is no reason to fold."""
+    thinks = {**LOOKS, "content": "<think>hm</think>I look first."}
+    seen = {**SEEN, "content": '{"sky": "clear"}\nnö'}
+    messages = tuple(normalised_message(m) for m in (ASKED, thinks, seen, ASKED))
+    text, rendering = render(wrap(RESULTS_AS_JSON), Sample(messages=messages, tools=(WEATHER,)))
+    assert rendering == "template"
+    assert 'tool:"{\\"sky\\": \\"clear\\"}\\nnö"' in text
+
+
+@pytest.mark.parametrize(
+    "bug",
+    ["m.content.index('zzz')", "1 / (m.content | length - m.content | length)", "'{}'.format()"],
+)
+def test_a_template_that_raises_python_errors(wrap: Wrap, bug: str) -> None:
+    """It refuses: what it chokes on is folded, and where it always does the row is counted."""
+    loop = "{% for m in messages %}{{ m.content }}{% if tools %}{{ BUG }}{% endif %}{% endfor %}"
+    template = loop.replace("BUG", bug)
+    assert render(wrap(template), CONVERSATION)[1] == "folded"
+    with pytest.raises(SampleError, match="chat template refuses"):
+        render(wrap(template.replace("if tools", "if messages")), CONVERSATION)
+
+
+def test_too_deep_a_nesting_is_a_reason(wrap: Wrap) -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    call = {"name": "get_weather", "arguments": {"city": deep}}
+    message = normalised_message({"role": "assistant", "tool_calls": [call]})
+    for template in (CHATML, None):
+        with pytest.raises(SampleError, match="too deep a nesting"):
+            render(wrap(template), Sample(messages=(message,)))
 
 
 def test_template_gets_arguments_as_an_object(wrap: Wrap) -> None:

@@ -17,7 +17,7 @@ import datasets
 import pytest
 
 from calibration.chat import Sample
-from calibration.datasets import file_samples
+from calibration.datasets import file_samples, raw_rows
 from calibration.rows import Rejected
 from models.errors import InputError
 
@@ -183,6 +183,10 @@ def test_no_row_is_dropped_in_silence(tmp_path: Path) -> None:
         json.dumps({**good, "answers": '{"name": "f"}'}),
         json.dumps({**good, "tools": '[{"description": "nameless"}]'}),
         json.dumps({"query": "q", "tools": "[]"}),
+        json.dumps({**good, "tools": "[" * 5000 + "]" * 5000}),
+        json.dumps({**good, "answers": [{"name": "f", "arguments": '{"n": ' + "1" * 5000 + "}"}]}),
+        json.dumps(good)[:-1] + ', "unused": ' + "1" * 5000 + "}",
+        json.dumps(good)[:-1] + ', "unused": ' + "[" * 5000 + "]" * 5000 + "}",
         "{torn",
         "[1, 2]",
         "",
@@ -195,12 +199,59 @@ def test_no_row_is_dropped_in_silence(tmp_path: Path) -> None:
         "answers is not JSON",
         "answers is not a list",
         "empty query",
+        "line is JSON with too long a number or too deep a nesting",
+        "line is JSON with too long a number or too deep a nesting",
         "line is not JSON",
         "line is not a JSON object",
         "no answers",
         "row without the column 'answers'",
+        "tool call whose arguments are JSON with too long a number or too deep a nesting",
         "tool definition without a name",
+        "tools is JSON with too long a number or too deep a nesting",
     ]
+
+
+@pytest.mark.parametrize(
+    ("names", "outcome"),
+    [
+        (["bash", "think"], ["bash", "think"]),
+        ('["think"]', ["bash", "think"]),
+        (5, "tool_names is not a list"),
+        ("bash", "tool_names is not JSON"),
+        (["bash", 5], "tool_names with an entry that is not text"),
+    ],
+)
+def test_names_of_tools_are_a_list_of_text(tmp_path: Path, names: Any, outcome: Any) -> None:
+    messages = [{"role": "assistant", "tool_calls": [{"name": "bash", "arguments": {"c": 1}}]}]
+    row = {"messages": messages, "tool_names": names}
+    (found,) = file_samples(write(tmp_path / "rows.jsonl", [row]), seed=0)
+    if isinstance(found, Rejected):
+        assert found.reason == outcome
+    else:
+        assert [tool["function"]["name"] for tool in found.tools] == outcome
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    content = '\ufeff{"text": "one"}\r\n{"text": "two"}\r\n'.encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    found = list(file_samples(str(path), seed=0))
+    assert in_order(found) == in_order([Sample(text="one"), Sample(text="two")])
+    assert raw_rows(str(path), None, "train") == [{"text": "one"}, {"text": "two"}]
+
+
+def test_a_file_without_rows(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": []}).to_parquet(str(tmp_path / "none.parquet"))
+    for name, content in (("none", ""), ("blank", "\n \n"), ("mark", "\ufeff\n")):
+        (tmp_path / f"{name}.jsonl").write_text(content, encoding="utf-8")
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress(content.encode()))
+    paths = sorted(map(str, tmp_path.iterdir()))
+    assert len(paths) == 7
+    for path in paths:
+        with pytest.raises(InputError) as caught:
+            list(file_samples(path, seed=0))
+        assert str(caught.value) == f"{path} holds no rows; give a file that does"
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])

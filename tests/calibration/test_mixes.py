@@ -110,6 +110,18 @@ def test_a_file_has_no_splits(rows: Path) -> None:
         parse_mix(f"{rows}(train):3")
 
 
+def test_no_domain_is_called_all(tmp_path: Path) -> None:
+    """Reports, --weights and --protect call all domains together so."""
+    (tmp_path / "all.jsonl").touch()
+    mix = tmp_path / "mine.yaml"
+    mix.write_text("components: [{source: all.jsonl, domain: every}]")
+    assert parse_mix(str(mix)).domains == ["every"]
+    mix.write_text("components: [{source: offline, domain: all, rows: 3}]")
+    for spec in (str(tmp_path / "all.jsonl"), "owner/all:3", str(mix)):
+        with pytest.raises(InputError, match="would be the domain 'all', which means all"):
+            parse_mix(spec)
+
+
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=8), st.integers(0, 3000))
 def test_shares(weights: list[int], more: int) -> None:
     """Whole, at least one each, summing to the total, a heavier component never behind."""

@@ -267,7 +267,7 @@ def test_balanced_files_end_with_the_scarcest(
 
 def test_no_row_is_drawn_twice(tokenizer: PreTrainedTokenizerFast, rows: Rows) -> None:
     """Components of one source share its rows, and so does the held-out set."""
-    path = rows("all.jsonl", [f"row number {n}" for n in range(30)])
+    path = rows("every.jsonl", [f"row number {n}" for n in range(30)])
     made, apart = drawn(tokenizer, f"{path}:10,{path}:8", holdout=12)
     texts = [tokenizer.decode(row) for one in (made, apart) for row in one]
     assert len(texts) == len(set(texts)) == 30
@@ -302,6 +302,36 @@ def test_runs_of_an_instance_stay_together(
     assert made.to_bytes() == drawn(tokenizer, spec, seed=4, balance=balance)[0].to_bytes()
 
 
+@pytest.mark.parametrize(
+    "shared",
+    [{"instance_id": 7}, {"instance_id": 0}, {"messages": [{"role": "user", "content": "Hi."}]}],
+)
+def test_rows_of_one_instance_cannot_be_held_out(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, shared: dict[str, Any]
+) -> None:
+    path = tmp_path / "runs.jsonl"
+    with path.open("w") as file:
+        for run in range(20):
+            ask = shared.get("messages", [{"role": "user", "content": f"question {run}"}])
+            say = {"role": "assistant", "content": f"answer {run}"}
+            file.write(json.dumps({**shared, "messages": [*ask, say]}) + "\n")
+    with pytest.raises(InputError, match="15 rejected: another run of an instance"):
+        drawn(tokenizer, f"{path}:5", holdout=3)
+
+
+def test_a_developers_text_is_no_instance(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    with path.open("w") as file:
+        for n in range(20):
+            opening = {"role": "developer", "content": "Be terse."}
+            ask = {"role": "user", "content": f"question {n}"}
+            file.write(json.dumps({"messages": [opening, ask]}) + "\n")
+    _, apart = drawn(tokenizer, f"{path}:12", holdout=8)
+    assert apart.report()[0]["rejected"] == {}
+
+
 def test_offline_holds_out_its_own_part(tokenizer: PreTrainedTokenizerFast) -> None:
     made, apart = drawn(tokenizer, "offline[code]:5", holdout=4, max_length=64)
     assert made.report()[0]["split"] is None
@@ -311,7 +341,7 @@ def test_offline_holds_out_its_own_part(tokenizer: PreTrainedTokenizerFast) -> N
 
 
 def test_holding_out_needs_numbers(tokenizer: PreTrainedTokenizerFast, rows: Rows) -> None:
-    path = rows("all.jsonl", ["one row", "another row"])
+    path = rows("every.jsonl", ["one row", "another row"])
     with pytest.raises(InputError, match="leaves none to hold out; say how many"):
         drawn(tokenizer, path, holdout=1)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from calibration.chat import encode
-from calibration.messages import Sample, tool_call
+from calibration.messages import Sample, SampleError, tool_call
 from calibration.truncation import fitted
 from tests.calibration.conftest import CHATML, Wrap
 
@@ -109,6 +109,14 @@ def test_reasoning_cut_short_stays_reasoning(tokenizer: PreTrainedTokenizerFast)
     sample = Sample(messages=({"role": "user", "content": "u"}, long))
     kept = blocks(tokenizer, fitted(tokenizer, sample, 60, "tail").ids)
     assert [part.split("\n")[0] for part in kept] == ["user"]
+
+
+@pytest.mark.parametrize("how", ["tail", "middle", "cut"])
+def test_half_a_surrogate_in_a_long_one(tokenizer: PreTrainedTokenizerFast, how: Any) -> None:
+    long = {"role": "assistant", "content": "a" * 2000 + "\ud800"}
+    sample = Sample(messages=({"role": "user", "content": "u"}, long))
+    with pytest.raises(SampleError, match="half of a surrogate pair"):
+        fitted(tokenizer, sample, 50, how)
 
 
 @settings(max_examples=40)

@@ -83,6 +83,19 @@ def test_heldout_and_report_beside_it(root: Path, tmp_path: Path, capsys: Any) -
         assert words in told
 
 
+@pytest.mark.parametrize("suffix", [".html", ".png"])
+def test_a_page_never_replaces_the_tokens(
+    root: Path, tmp_path: Path, capsys: Any, suffix: str
+) -> None:
+    out = tmp_path / f"t{suffix}"
+    arguments = ("tokens", root / "m", "--mix", root / "mix.yaml", "-o", out)
+    told = refused(capsys, *arguments, "--report", "--force")
+    assert f"{out} is the name of a page of --report; end -o in .safetensors" in told
+    assert not list(tmp_path.iterdir())
+    called(capsys, *arguments)
+    assert len(TokenSet.load(out)) == 40
+
+
 def test_the_same_command_writes_the_same_bytes(root: Path, tmp_path: Path, capsys: Any) -> None:
     written = []
     for name in ("a", "b"):
