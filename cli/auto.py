@@ -38,7 +38,7 @@ def best_plan(
     scores: Path,
     asked: Mapping[str, Any],
     *,
-    settings: EvalSettings | None = None,
+    settings: EvalSettings,
     progress: Progress = silent,
 ) -> PrunePlan:
     """The plan of least measured KL on `tokens`; `asked` are the other arguments of `make_plan`.
@@ -60,11 +60,12 @@ def best_plan(
     }
     judged = sorted(set(same_as.values()), key=names.index)
     identity = {name: _fingerprint(plans[name]) for name in judged}
-    key = hashlib.sha256(json.dumps([identity, tokens.digest()]).encode()).hexdigest()
+    how = [settings.device, settings.dtype, settings.batch_tokens]
+    key = hashlib.sha256(json.dumps([identity, tokens.digest(), how]).encode()).hexdigest()
     found = evaluate_all(
         {name: pruned_view(opened, plans[name]) for name in judged},
         tokens,
-        settings or EvalSettings(),
+        settings,
         reference=opened.checkpoint.root,
         identity=identity,
         out=scores / "auto" / key[:16],

@@ -85,7 +85,7 @@ def budget_recipe(
     more experts. Nothing is measured where the budget holds the widest scheme everywhere.
     """
     from evals.part_damage import part_damage, some_samples
-    from models.journal import write_atomically
+    from models.journal import FOLDER, MANIFEST, write_atomically
     from quant.budget import menu_of, recipe_text, share_out
     from quant.recipe_files import load_recipe
 
@@ -105,8 +105,15 @@ def budget_recipe(
         )
         chosen = share_out(menu, damage, budget.nbytes)
     file = out.with_name(f"{out.name}.yaml")
+    text = recipe_text(menu, chosen, settings.method).encode()
+    begun = (out / FOLDER).is_dir() or (out / MANIFEST).is_file()
+    if begun and not force and file.is_file() and file.read_bytes() != text:
+        raise InputError(
+            f"{out} was begun with the recipe {file}, this budget wants another; choose another "
+            "output folder, or use --force to start over"
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, recipe_text(menu, chosen, settings.method).encode())
+    write_atomically(file, text)
     facts = {
         "budget": budget.nbytes,
         "bytes": menu.size(chosen),

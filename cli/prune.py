@@ -104,7 +104,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Calibration token set of --repair; --device, --dtype, --memory and --batch-tokens are "
-    "for it too.",
+    "for it, and for --criterion auto.",
 )
 @compute_options
 @click.option("--plan-only", is_flag=True, help="Write plan.json and no checkpoint.")
@@ -187,9 +187,12 @@ def prune(
         if tokens is not None:
             from calibration.tokens import TokenSet
             from cli.auto import best_plan
+            from evals.fidelity import EvalSettings
 
+            how = EvalSettings(device=device, dtype=dtype, memory=memory, batch_tokens=batch_tokens)
+            held_out = TokenSet.load(tokens)
             plan = best_plan(
-                stats, damage, opened, TokenSet.load(tokens), scores, asked, progress=progress
+                stats, damage, opened, held_out, scores, asked, settings=how, progress=progress
             )
         else:
             plan = make_plan(stats, opened.spec, criterion=criterion, damage=damage, **asked)

@@ -105,8 +105,9 @@ def score(
         )
         if not processes.is_first:
             return
-        if mix is not None and not (out / TOKENS_FILE).exists():
-            used.save(out / TOKENS_FILE)
+        kept = out / TOKENS_FILE  # a forced job leaves the former one's
+        if mix is not None and not (kept.exists() and kept.read_bytes() == used.to_bytes()):
+            used.save(kept)
         facts = {"out": str(out), **summary(stats)}
     click.echo(json.dumps(facts) if as_json else "\n".join(lines(facts)))
 

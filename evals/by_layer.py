@@ -23,7 +23,7 @@ from calibration.stream import LayerWalk
 from calibration.tokens import TokenSet
 from evals.fidelity import EvalSettings, check_fit, compare
 from models.errors import InputError
-from models.journal import Journal, json_bytes
+from models.journal import Journal, json_bytes, refuse_itself
 from models.manifest import versions, write_manifest
 from models.opening import compute_device, compute_dtype, open_model
 from models.progress import Progress, Step, silent
@@ -62,6 +62,8 @@ def damage_by_layer(
         "tokens": tokens.digest(), "device": device.type, "dtype": str(dtype),
         "batch_tokens": batch_tokens, "versions": versions(),
     }  # fmt: skip
+    for opened in (own, base):
+        refuse_itself(opened.checkpoint.root, out)
     with ExitStack() as stack:
         journal = stack.enter_context(Journal.open(out, job, force=force))
         if journal.complete:

@@ -32,9 +32,10 @@ from calibration.hidden_states import HiddenStates
 from calibration.resume import walk_layers
 from calibration.stream import LayerWalk
 from calibration.tokens import TokenSet
+from evals.comparison import TOTAL
 from evals.tally import Tally
 from models.errors import InputError
-from models.journal import json_bytes
+from models.journal import json_bytes, refuse_itself
 from models.layer_slot import Carry
 from models.manifest import versions, write_manifest
 from models.opening import OpenModel, compute_device, compute_dtype, open_model
@@ -115,6 +116,9 @@ def evaluate_all(
     if reference is not None:
         opened = {REFERENCE: open_model(reference), **opened}
     check_fit(opened, tokens)
+    if out is not None:
+        for one in opened.values():
+            refuse_itself(one.checkpoint.root, out)
     device = compute_device(settings.device)
     batch_tokens = settings.batch_tokens or BATCH_TOKENS[device.type]
     dtypes = {name: compute_dtype(one.spec, settings.dtype) for name, one in opened.items()}
@@ -181,6 +185,11 @@ def check_fit(opened: Mapping[str, OpenModel], tokens: TokenSet) -> None:
     """InputError unless the models share a vocabulary that the tokens fit."""
     if sum(tokens.lengths()) == len(tokens.lengths()):
         raise InputError("every sample of the token set has one token; nothing can be predicted")
+    if len(tokens.domains) > 1 and TOTAL in tokens.domains:
+        raise InputError(
+            f"a domain of the tokens is named `{TOTAL}`, as the total is; name it otherwise in the "
+            "mix and make them again"
+        )
     sizes = {name: vocabulary_size(one) for name, one in opened.items()}
     for size in sizes.values():
         tokens.check_vocabulary(size)

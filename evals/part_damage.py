@@ -38,7 +38,7 @@ from calibration.stream import LayerWalk, SnapshotClock, check_finite, tokens_ar
 from calibration.tokens import TokenSet
 from evals.fidelity import EvalSettings, check_fit, logits_at, predicted
 from models.errors import InputError
-from models.journal import Journal, json_bytes
+from models.journal import Journal, json_bytes, refuse_itself
 from models.manifest import versions, write_manifest
 from models.memory import release_freed_memory
 from models.opening import OpenModel, compute_device, compute_dtype
@@ -93,6 +93,7 @@ def part_damage(
         "tokens": tokens.digest(), "device": device.type, "dtype": str(dtype),
         "batch_tokens": batch_tokens, "versions": versions(),
     }  # fmt: skip
+    refuse_itself(opened.checkpoint.root, out)
     with ExitStack() as stack:
         journal = stack.enter_context(Journal.open(out, job, force=force))
         if journal.complete:

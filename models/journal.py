@@ -267,6 +267,20 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) and isinstance(entry.get("unit"), str) else None
 
 
+def refuse_overlap(root: Path, out: Path) -> None:
+    """InputError when the output would lie in the source or the source in the output: --force
+    would then remove what is still to be read."""
+    here, there = root.resolve(), out.resolve()
+    if here.is_relative_to(there) or there.is_relative_to(here):
+        raise InputError(f"{out} overlaps with the source {root}; choose another output folder")
+
+
+def refuse_itself(root: Path, out: Path) -> None:
+    """InputError when results would go into the folder of the model itself."""
+    if root.resolve() == out.resolve():
+        raise InputError(f"{out} is the model's own folder; choose another output folder")
+
+
 def refuse_foreign(
     out: Path, job: Mapping[str, Any], finished: Mapping[str, Any] | None, force: bool
 ) -> None:

@@ -76,7 +76,7 @@ class Source:
         if method not in QUANT_METHODS:
             raise InputError(
                 f"{checkpoint.root}/config.json: quant_method {method!r} cannot be read; use the "
-                "unquantized checkpoint, or one in {', '.join(map(str, QUANT_METHODS[1:]))}"
+                f"unquantized checkpoint, or one in {', '.join(map(str, QUANT_METHODS[1:]))}"
             )
         self.integers: exported.PackedIntegers | None = None
         if method in exported.METHODS:
@@ -367,6 +367,7 @@ class Source:
         if packed.dtype != "I32":
             raise self._wrong(logical, stored, "is packed in a format not known here")
         fitting: set[tuple[int, int, int | None]] = set()
+        older: set[tuple[int, int, int | None]] = set()
         for scheme in self._schemes():
             bits, group = scheme.get("num_bits"), scheme.get("group_size")
             group = group if isinstance(group, int) and group > 0 else columns
@@ -377,7 +378,8 @@ class Source:
             if packed.shape[1] == -(-columns * bits // 32):
                 fitting.add((bits, group, None))
             elif packed.shape[1] == -(-columns // (32 // bits)):
-                fitting.add((bits, group, 32 // bits))  # compressed-tensors up to 0.17
+                older.add((bits, group, 32 // bits))  # compressed-tensors up to 0.17
+        fitting = fitting or older  # 7 bits of the older layout are as wide as 8 of the dense one
         if len(fitting) != 1:
             raise self._wrong(
                 logical, stored, f"has {packed.shape[1]} words a row, which fit no scheme of config"

@@ -103,24 +103,25 @@ class Comparison:
         weights = weight.numpy()
         return relative_error(weights, decoded), lean(weights, decoded)
 
-    def plain_error(self, info: TensorInfo) -> float | None:
-        """The same ratio of an unquantized tensor, 0.0 where the bits are equal; None as above."""
+    def plain_error(self, info: TensorInfo) -> tuple[float, float] | None:
+        """(the same ratio of an unquantized tensor, 0.0 where the bits are equal, the most it may
+        be: 0 where the type is the source's own); None as above."""
         name = self.old_name(info.name)
         theirs = self.source.checkpoint.tensors.get(name)
         rows = self._rows(info)
         if theirs is not None and theirs.dtype == info.dtype:
             self.seen.update(self._logical(name))
             if rows is None and theirs.shape != info.shape:
-                return float("inf")
-            return max(self._piece_errors(info, theirs, rows), default=0.0)
+                return float("inf"), 0.0
+            return max(self._piece_errors(info, theirs, rows), default=0.0), 0.0
         if name not in self.source.stored or rows is not None:
             return None
         self.seen.add(name)
         mine = self.checkpoint.read(info.name)
         if self.source.shape(name) != tuple(mine.shape):
-            return float("inf")
+            return float("inf"), ROUNDED
         weight = self.source.read(name, torch.float32)
-        return relative_error(weight.numpy(), mine.float().numpy())
+        return relative_error(weight.numpy(), mine.float().numpy()), ROUNDED
 
     def _logical(self, physical: str) -> Iterator[str]:
         module = physical.rpartition(".")[0]

@@ -20,7 +20,7 @@ from compressed_tensors.compressors import BaseCompressor
 
 from models.checkpoint import Checkpoint, TensorInfo
 from models.errors import VerificationError
-from quant.comparison import ROUNDED, Comparison
+from quant.comparison import Comparison
 from quant.recipe_files import validated_group
 from quant.schemes import FP8_BLOCK_SIDE, Scheme
 from quant.spec_decoder import Array, decode_fp8, decode_integers, decode_nvfp4, float_array
@@ -74,7 +74,8 @@ def judge_matrix(
         findings.append(f"{matrix.module}: compressed-tensors decodes it to other values")
     if not np.isfinite(decoded).all():
         findings.append(f"{matrix.module} decodes to NaN or infinite values")
-    elif not decoded.any():
+    zero = not decoded.any()
+    if zero and comparison is None:
         findings.append(f"{matrix.module} is all zero")
     error = None
     if comparison is not None and not findings:
@@ -83,12 +84,14 @@ def judge_matrix(
             findings.append(f"{matrix.module} has no counterpart in the source")
         else:
             error, leaning = found
-            if not error <= bound(scheme):
+            if zero and error > 0:  # unless the source is zero too
+                findings.append(f"{matrix.module} is all zero")
+            elif not error <= bound(scheme):
                 findings.append(
                     f"{matrix.module}: relative error {error:.3g} to the source, {scheme.name} "
                     f"stays below {bound(scheme):g}"
                 )
-            elif leaning > LEAN:
+            elif leaning > LEAN and scheme.kind == "int":
                 findings.append(
                     f"{matrix.module}: its errors lean to one side ({leaning:.2f} of their size), "
                     "as with zero points of another convention"
@@ -157,11 +160,13 @@ def judge_plain(checkpoint: Checkpoint, info: TensorInfo, comparison: Comparison
         findings.append(f"{info.name} holds NaN or infinite values")
     error = None
     if comparison is not None and not findings:
-        error = comparison.plain_error(info)
-        if error is None:
+        found = comparison.plain_error(info)
+        if found is None:
             findings.append(f"{info.name} has no counterpart in the source")
-        elif not error <= ROUNDED:
-            findings.append(f"{info.name} is not the source's (relative error {error:.3g})")
+        else:
+            error, most = found
+            if not error <= most:
+                findings.append(f"{info.name} is not the source's (relative error {error:.3g})")
     return Judged(info.name, info.dtype, tuple(findings), error)
 
 

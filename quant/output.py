@@ -157,13 +157,12 @@ class UnitShards:
 
     def written(self, unit: str, journal: Journal) -> bool:
         """True when every shard of the unit is recorded and lies there."""
-        names = [name for own, name, _ in self.files if own == unit]
-        return all(journal.done(unit_of(n)) and (journal.out / n).is_file() for n in names)
+        return all(is_whole(name, journal) for own, name, _ in self.files if own == unit)
 
     def write(self, unit: str, tensors: Mapping[str, OutputTensor], journal: Journal) -> None:
         """Write the unit's shards. `tensors` must be what was planned, by name."""
         for own, name, planned in self.files:
-            if own != unit or (journal.done(unit_of(name)) and (journal.out / name).is_file()):
+            if own != unit or is_whole(name, journal):
                 continue
             ordered = sorted(planned, key=lambda t: -DTYPE_BITS[t.dtype])
             made = tuple(tensors[tensor.name] for tensor in ordered)
@@ -177,13 +176,24 @@ class UnitShards:
     def write_index(self, journal: Journal) -> None:
         """The index, last of the weights. InputError when a shard is missing."""
         for _, name, _ in self.files:
-            if not journal.done(unit_of(name)):
-                raise InputError(f"{journal.out / name} was not written; run the command again")
+            if not is_whole(name, journal):
+                raise InputError(
+                    f"{journal.out / name} is missing or cut short though it was written; give the "
+                    "command --force to start over"
+                )
         shards = tuple(
             Shard(name, b"", tuple(OutputTensor(t.name, t.dtype, t.shape) for t in tensors), 0)
             for _, name, tensors in self.files
         )
         write_file(journal, INDEX, ShardPlan(shards, self.total_size).index())
+
+
+def is_whole(name: str, journal: Journal) -> bool:
+    """Whether a shard is recorded and lies there with all its bytes."""
+    path, unit = journal.out / name, unit_of(name)
+    if not journal.done(unit) or not path.is_file():
+        return False
+    return path.stat().st_size == journal.facts(unit)["bytes"]
 
 
 class UnitWriter:

@@ -30,7 +30,7 @@ from calibration.resume import HIDDEN, begin_at, keep_place
 from calibration.stream import LayerWalk, SnapshotClock
 from calibration.tokens import TokenSet
 from models.errors import InputError
-from models.journal import Journal, json_bytes
+from models.journal import Journal, json_bytes, refuse_overlap
 from models.manifest import read_manifest, versions, write_manifest
 from models.memory import release_freed_memory
 from models.model_spec import ModelSpec
@@ -100,6 +100,7 @@ def quantize(
     InputError for conflicts between model, recipe and method, and for a folder that is not ours.
     """
     started = time.monotonic()
+    refuse_overlap(opened.checkpoint.root, out)
     plan = plan_quantization(opened, recipe, settings)
     runs = needs_tokens(plan)
     if runs and tokens is None:
@@ -214,7 +215,10 @@ def run_layers(
     clock = SnapshotClock(SNAPSHOT_SHARE if ahead is None else SNAPSHOT_SHARE / 2)
     units = list(plan.by_unit)
     missing = partial(plan.shards.missing_bytes, journal)
-    last_ranges: Mapping[str, float] = {}  # of the last layer's inputs; its weights are let go
+    # of the last layer's inputs; its weights are let go. A job that goes on behind it reads them
+    last_ranges: Mapping[str, float] = {}
+    if walk is not None and begin == num_layers:
+        last_ranges = journal.facts(f"hidden {num_layers - 1}").get("ranges", {})
     with UnitWriter() as writer:
         for number, unit in enumerate(units):
             layer = None if unit == REST else int(unit.split()[1])
@@ -240,8 +244,9 @@ def run_layers(
                         writer.wait,
                         leaves=False,
                         reserve=missing,
+                        ranges=last_ranges if layer == num_layers - 1 else {},
                     )
-            elif not processes.from_first(partial(plan.shards.written, unit, journal)):
+            elif not processes.from_first(partial(is_written, plan, unit, journal)):
                 if walk is None:  # nothing is run between two units: read on while one is rounded
                     following = units[min(number + 1, len(units) - 1)]
                     plan.opened.source.prefetch(plan.by_unit[following])
@@ -262,6 +267,11 @@ def run_layers(
                     note=unit,
                 )
             )
+
+
+def is_written(plan: QuantizePlan, unit: str, journal: Journal) -> bool:
+    """Whether a unit's shards are there and what is said of its rounding is recorded."""
+    return plan.shards.written(unit, journal) and journal.done(f"rounded {unit}")
 
 
 def borrow_largest(

@@ -29,7 +29,7 @@ import torch
 
 from calibration.tokens import TokenSet
 from models.errors import InputError
-from models.journal import Journal
+from models.journal import Journal, refuse_overlap
 from models.manifest import read_manifest, versions, write_manifest
 from models.opening import OpenModel, compute_dtype
 from models.source_formats import quantization_config as stored_quantization
@@ -61,6 +61,7 @@ def quantize_whole(
     methods of its own, and a missing token set.
     """
     started = time.monotonic()
+    refuse_overlap(opened.checkpoint.root, out)
     groups, ignore, chosen = chosen_groups(opened, recipe)
     check_fits(opened, method, chosen)
     if tokens is None:

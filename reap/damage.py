@@ -74,12 +74,12 @@ TENSORS = tuple(name for name in LayerDamage.__dataclass_fields__ if name != "la
 
 
 def sampled_rows(
-    tokens: TokenSet, cuts: Sequence[tuple[int, ...]], size: int
+    tokens: TokenSet, cuts: Sequence[tuple[int, ...]], size: int, *, packed: bool
 ) -> dict[tuple[int, ...], torch.Tensor]:
     """For every batch (by its samples) the rows of the flattened batch that are sampled, ascending.
 
     `size` tokens of the set, or all, drawn uniformly with a fixed seed: the same in every layer
-    and in a resumed run. Padding is never drawn.
+    and in a resumed run. Padding is never drawn. `packed` samples follow each other in one row.
     """
     lengths = tokens.lengths()
     total = sum(lengths)
@@ -89,11 +89,12 @@ def sampled_rows(
     rows, start = {}, 0
     for samples in cuts:
         width = max(lengths[sample] for sample in samples)
-        found = []
-        for row, sample in enumerate(samples):
+        found, place = [], 0
+        for sample in samples:
             inside = chosen[start : start + lengths[sample]].nonzero().flatten()
-            found.append(inside + row * width)
+            found.append(inside + place)
             start += lengths[sample]
+            place += lengths[sample] if packed else width
         rows[samples] = torch.cat(found)
     return rows
 

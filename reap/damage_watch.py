@@ -18,7 +18,7 @@ class DamageWatch:
 
     def __init__(self, walk: LayerWalk, journal: Journal, size: int) -> None:
         self.walk, self.journal, self.size = walk, journal, size
-        self.rows = sampled_rows(walk.tokens, walk.cuts, size) if size else {}
+        self.rows = sampled_rows(walk.tokens, walk.cuts, size, packed=walk.pack) if size else {}
         self.collector: DamageCollector | None = None
 
     def beside(self, layer: int, observe: BatchObserver) -> BatchObserver:

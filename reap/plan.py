@@ -193,6 +193,10 @@ def make_plan(
     check_stats(stats, spec, layers)
     num_groups = quota_groups(spec, groups)
     weights = all_weights(stats.domains, weights or {})
+    if weights and not any(weights[name] and stats.tokens.get(name) for name in weights):
+        raise InputError(
+            "--weights leaves no domain that has tokens; give one of them a weight above 0"
+        )
     protect = protected_counts(stats.domains, protect or {}, spec.num_experts, num_groups)
     if criterion == OUTPUT_ERROR:
         check_damage(damage, stats, layers)

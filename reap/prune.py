@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from models.errors import InputError
-from models.journal import Journal, json_bytes
+from models.journal import Journal, json_bytes, refuse_overlap
 from models.manifest import read_manifest, versions, write_manifest
 from models.progress import Progress, silent
 from models.source_formats import Source
@@ -116,13 +116,6 @@ def prune_checkpoint(
             **repaired,
         }
         return write_manifest(journal, started, facts)
-
-
-def refuse_overlap(root: Path, out: Path) -> None:
-    """InputError when the output would lie in the source or the source in the output."""
-    here, there = root.resolve(), out.resolve()
-    if here.is_relative_to(there) or there.is_relative_to(here):
-        raise InputError(f"{out} overlaps with the source {root}; choose another output folder")
 
 
 def adopt_plan(plan: PrunePlan, out: Path) -> None:

@@ -30,7 +30,7 @@ from calibration.tokens import TokenSet
 from models.device import sent
 from models.errors import InputError
 from models.experts import RoutedBatch
-from models.journal import Journal, write_atomically
+from models.journal import Journal, refuse_itself, write_atomically
 from models.manifest import versions, write_manifest
 from models.mtp import MTPLayer, runnable_mtp_layers
 from models.opening import OpenModel, compute_device, compute_dtype, open_model
@@ -98,6 +98,7 @@ def score(
     }
     if settings.damage_tokens:
         job["damage_tokens"] = settings.damage_tokens
+    refuse_itself(opened.checkpoint.root, out)
     with open_journal(out, job, force, processes) as journal:
         if journal.complete:
             return SaliencyStats.load(out)

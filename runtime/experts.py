@@ -48,7 +48,6 @@ class PackedExperts(RoutedExperts):
         self.down_bias: nn.Parameter | None
         self.register_parameter("up_bias", None)
         self.register_parameter("down_bias", None)
-        self.identity_experts = False  # LongCat's ids beyond the last expert
         self.kernel: Kernel | None = None
 
     @property
@@ -90,7 +89,7 @@ class PackedExperts(RoutedExperts):
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
         """[T, D], expert ids [T, K] and router weights [T, K] -> weighted sum [T, D]."""
-        plain = self.up_bias is None and self.down_bias is None and not self.identity_experts
+        plain = self.up_bias is None and self.down_bias is None and not self.zero_experts
         kernel: object = self.kernel
         if plain and isinstance(kernel, FusedExperts):
             return kernel.experts(self, hidden_states, top_k_index, top_k_weights)

@@ -110,7 +110,7 @@ class PackedModules:
             PackedWeights(down_storage, old.num_experts),
         )
         experts.transposed = old.transposed
-        experts.identity_experts = self.spec.zero_experts > 0
+        experts.zero_experts = old.zero_experts
         kernels = {self.choice.kernel_for(s) for s in (up_storage, down_storage)}
         experts.kernel = kernels.pop() if len(kernels) == 1 else self.choice.torch
         for storage, count in ((up_storage, up_storage.parts), (down_storage, 1)):

@@ -94,3 +94,13 @@ def test_the_command_records_what_it_measured(folder: Path, tmp_path: Path) -> N
     assert content["evidence"]["chosen"] in content["evidence"]["measured"]
     loaded = PrunePlan.load(tmp_path / "out" / "plan.json")
     assert loaded.to_json() == content
+    how = [*command, "auto", *held, "--dtype", "float32", "--batch-tokens", "64", "--force"]
+    prune.main(how, standalone_mode=False)
+    jobs = [
+        json.loads(file.read_bytes())["job"]
+        for file in (folder / "scores" / "auto").glob("*/thresher.json")
+    ]
+    assert any(
+        set(job["dtype"].values()) == {"torch.float32"} and job["batch_tokens"] == 64
+        for job in jobs
+    )

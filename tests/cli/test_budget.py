@@ -92,6 +92,11 @@ def test_quantize_within_a_budget(work: Path, capsys: pytest.CaptureFixture[str]
     assert (work / "out.damage" / "thresher.json").stat().st_mtime_ns == manifest_time
     assert not (work / "wider.damage").exists()
     assert wider["budget"]["damage"] < made["budget"]["damage"]
+    # into the finished folder it is refused, and the recipe that was used stays
+    recipe = (work / "out.yaml").read_bytes()
+    other = ["quantize", work / "m", "--budget", largest - 1, *tokens, "-o", work / "out"]
+    assert "was begun with the recipe" in refusal(capsys, *other, "--quiet")
+    assert (work / "out.yaml").read_bytes() == recipe
 
 
 def test_compress_within_a_budget(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

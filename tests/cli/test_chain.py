@@ -166,6 +166,22 @@ def test_plan_only(
     assert plan["criterion"] == "frequency"
 
 
+def test_a_forced_score_keeps_its_own_tokens(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digests = []
+    for number in range(2):
+        mix = tmp_path / f"rows{number}.jsonl"
+        mix.write_text(json.dumps({"text": f"x = {number} + {number}\n" * 9}) + "\n")
+        out = tmp_path / "scores"
+        called(capsys, "score", root / "m", "--mix", f"{mix}:1", "-o", out, "--force")
+        digests.append(sha256(out / "tokens.safetensors"))
+    assert digests[0] != digests[1]
+    assert run(["score", str(root / "m"), "--tokens", str(root / "t.safetensors"), "--force",
+                "-o", str(root / "m")]) == 2  # fmt: skip
+    assert "the model's own folder" in capsys.readouterr().err
+
+
 def test_interrupted_score_resumes_to_the_same_bytes(root: Path, tmp_path: Path) -> None:
     tokens = token_file(tmp_path / "t.safetensors", lengths=(32,) * 80)
     arguments = ["score", root / "m", "--tokens", tokens, "--batch-tokens", 32]

@@ -14,16 +14,17 @@ from transformers import AutoModelForCausalLM
 from calibration.tokens import TokenSet
 from evals.fidelity import EvalSettings, evaluate
 from models.errors import InputError
+from models.journal import Journal
 from models.opening import open_model
 from models.skeleton import Skeleton
 from quant.quantize import quantize
 from quant.quantize_plan import QuantizeSettings
 from quant.recipes import Recipe, Rule, uniform
-from quant.schemes import SCHEMES, Scheme, scheme_with
+from quant.schemes import SCHEMES, Scheme, int_scheme, scheme_with
 from quant.verify import verify_checkpoint
 from tests.kills import assert_same_after_kills
 from tests.models.test_skeleton import walk
-from tests.tiny import tiny_model
+from tests.tiny import read_all, tiny_model
 from tests.token_sets import random_token_set
 
 ROOT = Path(__file__).parents[2]
@@ -198,6 +199,96 @@ def test_killed_ten_times_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
         quantizing, tmp_path / "runs", model, tmp_path / "tokens.safetensors"
     )
     assert any(name.endswith(".safetensors") for name in found)
+
+
+# sides that NVFP4 cuts into its groups
+WIDE = {
+    "hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 128, "v_head_dim": 16,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
+}  # fmt: skip
+
+
+class Killed(Exception):
+    """A job that ends in the middle."""
+
+
+def stopped_after(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every job from now on ends once `unit` is recorded."""
+    record = Journal.record
+
+    def recording(self: Journal, name: str, **facts: Any) -> None:
+        record(self, name, **facts)
+        if name == unit:
+            raise Killed(unit)
+
+    monkeypatch.setattr(Journal, "record", recording)
+
+
+def test_an_mtp_layer_has_the_last_layer_s_input_ranges_after_a_kill_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 32)
+    model = tiny_model("deepseek_v3", tmp_path / "model", dtype="bfloat16", **WIDE, **sizes)
+    layers = open_model(model).spec.num_layers
+    run(model, tmp_path / "whole", "NVFP4", "rtn")
+    with monkeypatch.context() as patch:
+        stopped_after(f"hidden {layers - 1}", patch)
+        with pytest.raises(Killed):
+            run(model, tmp_path / "killed", "NVFP4", "rtn")
+    run(model, tmp_path / "killed", "NVFP4", "rtn")
+    whole, killed = (read_all(tmp_path / name) for name in ("whole", "killed"))
+    ranges = [n for n in whole if f"layers.{layers}." in n and n.endswith("input_global_scale")]
+    assert ranges
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def test_a_shard_cut_short_after_a_kill_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("qwen3_moe", tmp_path / "model", dtype="bfloat16")
+    whole = run(model, tmp_path / "whole", "W4A16", "rtn")
+    with monkeypatch.context() as patch:
+        stopped_after("rounded layer 1", patch)
+        with pytest.raises(Killed):
+            run(model, tmp_path / "killed", "W4A16", "rtn")
+    shard = next(iter(sorted((tmp_path / "killed").glob("*.safetensors"))))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    found = run(model, tmp_path / "killed", "W4A16", "rtn")
+    assert {n: f["sha256"] for n, f in found["files"].items()} == {
+        n: f["sha256"] for n, f in whole["files"].items()
+    }
+    assert found["rounding"] == whole["rounding"]
+
+
+def test_an_output_in_the_model_s_own_folder_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("qwen3_moe", tmp_path / "model", dtype="bfloat16")
+    run(model, tmp_path / "once", "W8A16", "rtn")
+    before = sorted(path.name for path in (tmp_path / "once").iterdir())
+    for out in (tmp_path / "once", tmp_path / "once" / "again"):
+        with pytest.raises(InputError, match="overlaps with the source"):
+            quantize(
+                open_model(tmp_path / "once"),
+                uniform(SCHEMES["FP8_DYNAMIC"]),
+                out,
+                QuantizeSettings(method="rtn"),
+                force=True,
+            )
+    assert sorted(path.name for path in (tmp_path / "once").iterdir()) == before
+
+
+def test_seven_and_eight_bits_are_told_apart(tmp_path: Path) -> None:
+    """7 bits of compressed-tensors up to 0.17 are as wide as 8 bits of today's."""
+    model = tiny_model("qwen3_moe", tmp_path / "model", dtype="bfloat16")
+    rules = (
+        Rule(scheme=int_scheme(7, 8, True), targets=("re:.*experts.*",)),
+        Rule(scheme=int_scheme(8, 8, True), targets=("re:.*self_attn.*",)),
+    )
+    how = QuantizeSettings(method="rtn")
+    quantize(open_model(model), Recipe(rules), tmp_path / "mixed", how)
+    source = open_model(tmp_path / "mixed").source
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert source.integer_layout(name)[0] == 8
+    assert torch.isfinite(source.read(name, torch.float32)).all()
 
 
 def test_transformers_gives_all_experts_one_scheme(tmp_path: Path) -> None:

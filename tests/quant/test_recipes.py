@@ -241,6 +241,10 @@ def test_head_and_indexer_when_asked(deepseek: tuple[ModelSpec, tuple[Linear, ..
         ("GPTQModifier: {scheme: W4A16, ignore: {a: b}}", "give a list of module names"),
         ("QuantizationModifier: {scheme: W4A16, block_size: 64}", "block_size is not carried out"),
         (
+            "GPTQModifier: {scheme: W4A16}\nGPTQModifier: {scheme: W3A16}",
+            "the key GPTQModifier is given twice",
+        ),
+        (
             "GPTQModifier: {config_groups: {g: {targets: [Linear], weights: {num_bits: 4, "
             "strategy: block}}}}",
             "is no scheme",

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from calibration.batches import cut
+from calibration.packing import cut_packed
 from calibration.tokens import TokenSet
 from models.errors import InputError
 from models.opening import open_model
@@ -224,8 +225,8 @@ def test_sampled_rows_are_tokens_and_the_same_every_time() -> None:
     tokens = token_set(LENGTHS)
     cuts = cut(tokens, 64)
     assert any(len(samples) > 1 for samples in cuts)
-    rows = sampled_rows(tokens, cuts, 40)
-    again = sampled_rows(tokens, cuts, 40)
+    rows = sampled_rows(tokens, cuts, 40, packed=False)
+    again = sampled_rows(tokens, cuts, 40, packed=False)
     assert sum(len(r) for r in rows.values()) == 40
     lengths = tokens.lengths()
     for samples, found in rows.items():
@@ -233,6 +234,33 @@ def test_sampled_rows_are_tokens_and_the_same_every_time() -> None:
         width = max(lengths[s] for s in samples)
         for row in found.tolist():
             assert row % width < lengths[samples[row // width]], "padding"
+
+
+def test_sampled_rows_of_packed_samples_follow_each_other() -> None:
+    tokens = token_set(LENGTHS)
+    cuts = cut_packed(tokens, 64)
+    assert any(len(samples) > 1 for samples in cuts)
+    rows = sampled_rows(tokens, cuts, EVERY, packed=True)
+    lengths = tokens.lengths()
+    for samples, found in rows.items():
+        assert torch.equal(found, torch.arange(sum(lengths[s] for s in samples)))
+
+
+def test_packed_samples_have_the_damage_of_padded_ones(tmp_path: Path) -> None:
+    path, tokens = tiny_model("qwen3_moe", tmp_path / "model"), token_set(LENGTHS)
+    found = []
+    for pack in (False, True):
+        how = ScoreSettings(
+            device="cpu", dtype="float32", batch_tokens=64, damage_tokens=EVERY, pack=pack
+        )
+        score(path, tokens, tmp_path / f"scores-{pack}", how)
+        found.append(DamageStats.load(tmp_path / f"scores-{pack}"))
+    for layer, padded in found[0].layers.items():
+        packed = found[1].layers[layer]
+        torch.testing.assert_close(packed.gram_EE, padded.gram_EE, rtol=1e-4, atol=1e-7)
+        kept = tuple(range(8))
+        errors = [kept_error(one, kept, 1) for one in (padded, packed)]
+        assert errors[0] == pytest.approx(errors[1], rel=1e-3)
 
 
 def test_a_sample_is_close_to_the_whole(case: Case, tmp_path: Path) -> None:

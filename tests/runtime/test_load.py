@@ -15,7 +15,7 @@ from runtime.experts import PackedExperts
 from runtime.linear import PackedLinear
 from runtime.load import Loaded, LoadSettings, load_model
 from tests.runtime.oracle import DEMO, decoded_model, quantized_demo, quantized_qwen
-from tests.tiny import reference_model, tiny_model
+from tests.tiny import FAMILIES, reference_model, tiny_model
 
 SCHEMES = ("W3A16", "W4A16", "W8A16", "NVFP4", "NVFP4A16", "FP8_BLOCK", "FP8_DYNAMIC")
 FEW_WEIGHTS = {"hidden_size": 160, "moe_intermediate_size": 96, "intermediate_size": 160}
@@ -75,6 +75,17 @@ def test_families_as_released(family: str, fp8: bool, tmp_path: Path) -> None:
     ids = prompt(60)
     with torch.inference_mode():
         assert torch.equal(loaded.model(ids).logits, reference_model(path)(ids).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_answers_as_transformers_loads_it(family: str, tmp_path: Path) -> None:
+    """Identity experts, biases, shared experts, several routers: nothing quantized."""
+    path = tiny_model(family, tmp_path / "model")
+    loaded = load_model(path, LoadSettings(dtype="float32", attention="eager"))
+    ids = prompt(60)
+    with torch.inference_mode():
+        found, wanted = (model(ids).logits for model in (loaded.model, reference_model(path)))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_held_is_what_was_stored(tmp_path: Path) -> None:
