@@ -9,6 +9,7 @@ working files live in a temporary folder.
 
 from __future__ import annotations
 
+import glob
 import json
 import random
 import tempfile
@@ -68,7 +69,9 @@ def opened(path: str, folder: str) -> Dataset:
     datasets.disable_progress_bars()
     kind = "parquet" if path.endswith(".parquet") else "text"
     try:
-        return datasets.load_dataset(kind, data_files=[path], cache_dir=folder, split="train")
+        # the library would read [1] in a name as a pattern
+        files = [glob.escape(path)]
+        return datasets.load_dataset(kind, data_files=files, cache_dir=folder, split="train")
     except (datasets.exceptions.DatasetsError, OSError, ValueError, EOFError) as problem:
         cause = problem.__cause__ or problem
         if any(words in str(cause) for words in EMPTY):

@@ -29,9 +29,10 @@ def compare(first: str, second: str, shares: bool, as_json: bool) -> None:
     with stdout_kept():
         from evals.comparison import compare_runs, read_run, shares_of_loss
 
-        found = compare_runs(read_run(first), read_run(second))
+        runs = read_run(first), read_run(second)
+        found = compare_runs(*runs)
         if shares:
-            found["shares"] = shares_of_loss(found)
+            found["shares"] = shares_of_loss(*runs)
     click.echo(json.dumps(found) if as_json else "\n".join(lines(found)))
 
 
@@ -56,4 +57,6 @@ def lines(found: dict[str, Any]) -> list[str]:
             f"{group:<16}of a KL of {own['kl']:.4f} the first step has {own['first']:.0%}, "
             f"the second {own['second']:.0%}{shown}"
         )
+    if found["left_out"]:
+        text.append(f"no {' and '.join(found['left_out'])}: the runs have different references")
     return [*text, f"{found['samples']} samples; * zero lies outside the interval"]

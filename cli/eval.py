@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +20,10 @@ from cli.options import (
 from cli.progress import shown
 from cli.token_sets import token_set
 from models.errors import InputError
+from models.progress import Progress, Step
+
+if TYPE_CHECKING:
+    from calibration.tokens import TokenSet
 
 
 @click.command("eval")
@@ -166,14 +170,18 @@ def evaluate(
         result: dict[str, Any] = {}
         if given:
             used = processes.from_first(
-                lambda: token_set(
-                    ckpt,
-                    tokens=tokens,
-                    mix=str(text) if text is not None else mix,
-                    samples=samples,
-                    max_length=max_length,
-                    seed=seed,
-                    progress=progress,
+                lambda: (
+                    text_tokens(ckpt, text, samples, max_length, seed, progress)
+                    if text is not None
+                    else token_set(
+                        ckpt,
+                        tokens=tokens,
+                        mix=mix,
+                        samples=samples,
+                        max_length=max_length,
+                        seed=seed,
+                        progress=progress,
+                    )
                 )
             )
             result = evaluate_fidelity(
@@ -207,6 +215,30 @@ def evaluate(
             result = {**result, "tasks": found}
             text_lines += [task_line(task) for task in found]
     click.echo(json.dumps(result) if as_json else "\n".join(text_lines))
+
+
+def text_tokens(
+    ckpt: str,
+    text: Path,
+    samples: int | None,
+    max_length: int | None,
+    seed: int,
+    progress: Progress,
+) -> TokenSet:
+    """The token set of a file's rows; its path is no spec of a mix and may hold any character."""
+    from calibration.chat import load_tokenizer
+    from calibration.datasets import LOCAL_SUFFIXES, is_local_file
+    from calibration.mixes import Mix, components_of
+    from calibration.tokens import build_token_set
+
+    if not is_local_file(str(text)):
+        raise InputError(f"--text: {text} is no row file; give {', '.join(LOCAL_SUFFIXES)}")
+
+    def made(done: int) -> None:
+        progress(Step(job="tokens", done=done, total=max(done, samples or 0), unit="samples"))
+
+    mix = Mix(name=str(text), components=tuple(components_of(str(text), None, None, None)))
+    return build_token_set(load_tokenizer(ckpt), mix, samples, max_length, seed, made)
 
 
 def task_line(task: dict[str, Any]) -> str:

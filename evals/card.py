@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from calibration.datasets import is_local_file
 from calibration.hub import SOURCES
 from calibration.mixes import HUB_ID
 from evals import engines
@@ -28,6 +29,7 @@ from evals.card_tables import (
     size,
     table,
     tasks,
+    tokens_in_words,
     variants,
 )
 from evals.evidence import Evidence
@@ -124,9 +126,9 @@ def metadata(evidence: Evidence, settings: CardSettings) -> dict[str, Any]:
 
 
 def hub_datasets(evidence: Evidence) -> list[str]:
-    """Hub ids of the calibration sources."""
+    """Hub ids of the calibration sources; files have none, whatever their paths look like."""
     rows = (evidence.calibration or {}).get("report") or []
-    names = [str(row.get("source")) for row in rows]
+    names = [name for row in rows if not is_local_file(name := str(row.get("source")))]
     ids = [SOURCES[name].hub_id if name in SOURCES else name for name in names]
     return list(dict.fromkeys(one for one in ids if HUB_ID.fullmatch(one)))
 
@@ -151,12 +153,14 @@ def introduction(evidence: Evidence, settings: CardSettings) -> str:
         return text + f". What that cost was {NOT_MEASURED}."
     result = own.result
     text += (
-        f". On {result['tokens']:,} held-out tokens its perplexity is {result['perplexity']:.2f}"
+        f". On {result['tokens']:,} {tokens_in_words(evidence, own)} its perplexity is "
+        f"{result['perplexity']:.2f}"
     )
     if result["reference"] is not None:
+        other = evidence.other_reference(own)
         text += (
-            f" (base model {result['reference']['perplexity']:.2f}) and its KL divergence from the "
-            f"base model {result['kl']:.3f} nats a token"
+            f" ({other or 'base model'} {result['reference']['perplexity']:.2f}) and its KL "
+            f"divergence from {other or 'the base model'} {result['kl']:.3f} nats a token"
         )
     return text + "."
 
@@ -181,6 +185,14 @@ def steps(evidence: Evidence) -> Iterator[str]:
             + (", the same number in every routing group" if plan.groups == "keep" else "")
             + (f"; MTP layers: {plan.mtp}" if plan.mtp else "")
             + f". Experts that saw no token: {plan.num_dead}, {plan.num_dead_kept} of them kept."
+        )
+    if evidence.repair is not None:
+        layers = evidence.repair["layers"].values()
+        left = sum(layer["error_left"] for layer in layers) / max(1, len(layers))
+        yield (
+            f"{sum(layer['experts'] for layer in layers):,} kept experts were corrected toward the "
+            f"original's output (`{', '.join(evidence.repair['repairs'])}`), which left {left:.0%} "
+            "of their layers' error on the tokens of the repair."
         )
     for rule in evidence.recipe or []:
         how = rule.get("method") or evidence.manifest.get("job", {}).get("method") or "rounding"
@@ -249,7 +261,8 @@ def limits(evidence: Evidence, settings: CardSettings) -> str:
         "have lost more than the tables show.",
     ]
     measured = {task["task"] for task in evidence.tasks}
-    if evidence.fidelity is None:
+    own = evidence.fidelity
+    if own is None or evidence.held_out(own) is False:
         said.append("Nothing was measured on held-out text.")
     if "looping" not in measured:
         said.append(

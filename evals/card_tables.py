@@ -23,7 +23,8 @@ def schemes(evidence: Evidence) -> list[str]:
 def form(evidence: Evidence) -> str:
     """The number format in words."""
     if evidence.recipe is None:
-        return f"{evidence.facts.precision}, the source's own bytes"
+        corrected = " but for corrected experts" if evidence.repair else ""
+        return f"{evidence.facts.precision}, the source's own bytes{corrected}"
     layout = evidence.manifest.get("job", {}).get("format") or "compressed-tensors"
     return f"{', '.join(schemes(evidence))} ({layout})"
 
@@ -49,9 +50,16 @@ def glance(evidence: Evidence) -> str:
         ("Context", f"{facts.context:,} tokens" if facts.context else "not stated in config.json"),
         ("Size of the weights", against(
             size(facts.num_bytes), base, size(base.num_bytes) if base else "")),
-        ("Bits a parameter", f"{8 * facts.num_bytes / facts.total:.2f}"),
+        ("Bits a parameter", f"{8 * facts.counted_bytes / facts.total:.2f}"),
     ]  # fmt: skip
     return table(["", ""], rows)
+
+
+def tokens_in_words(evidence: Evidence, one: Judged) -> str:
+    """Which tokens it was judged on, as far as that is on record."""
+    known = {True: "held-out tokens", False: "tokens that it was calibrated on (not held out)"}
+    held_out = evidence.held_out(one)
+    return "tokens" if held_out is None else known[held_out]
 
 
 def fidelity(evidence: Evidence) -> str:
@@ -59,7 +67,9 @@ def fidelity(evidence: Evidence) -> str:
     own = evidence.fidelity
     if own is None:
         return f"Perplexity, KL divergence and agreement with the base model: {NOT_MEASURED}."
-    result = own.result
+    result, other = own.result, evidence.other_reference(own)
+    tokens = tokens_in_words(evidence, own)
+    base = "base" if other is None else "reference"
     groups = [("**all**", result), *result["by_domain"].items()]
     rows = [
         (
@@ -70,9 +80,10 @@ def fidelity(evidence: Evidence) -> str:
         for name, part in groups
     ]  # fmt: skip
     text = [
-        f"Held-out tokens: `{own.tokens.get('mix') or own.path}`. Brackets are 95 % confidence "
-        "intervals (bootstrap over documents). KL is KL(base ‖ this), nats a token.",
-        table(["domain", "tokens", "perplexity", "base", "KL", "same top token"], rows),
+        f"{tokens[0].upper()}{tokens[1:]}: `{own.tokens.get('mix') or own.path}`. Brackets are "
+        f"95 % confidence intervals (bootstrap over documents). KL is KL({base} ‖ this), nats a "
+        "token." + (f" The reference is {other}, not the base model." if other else ""),
+        table(["domain", "tokens", "perplexity", base, "KL", "same top token"], rows),
     ]
     if result.get("kl_p99") is not None:
         text.append(f"99 % of the tokens have a KL below {result['kl_p99']:.2f}.")
@@ -90,11 +101,11 @@ def fidelity(evidence: Evidence) -> str:
 
 
 def variants(evidence: Evidence, links: Mapping[str, str]) -> str:
-    """All checkpoints that were judged on the same tokens, with links where given."""
+    """All checkpoints judged on the same tokens against the same model, with links if given."""
     own = evidence.fidelity
     alike = [
         one for one in evidence.judged
-        if own is not None and one.tokens == own.tokens and one.result["kl"] is not None
+        if own is not None and one.like(own) and one.result["kl"] is not None
     ]  # fmt: skip
     if own is None or len(alike) < 2:
         return ""

@@ -216,8 +216,7 @@ def damage(evidence: Evidence) -> Iterator[Bars]:
         yield Bars(
             name="damage",
             title="KL when one layer alone is the compressed one",
-            note="All other layers are the base model's. "
-            f"{found['tokens']:,} held-out tokens; nats a token.",
+            note=f"All other layers are the reference's. {found['tokens']:,} tokens; nats a token.",
             labels=tuple(f"layer {layer}" for layer in found["kl"]),
             values=tuple(found["kl"].values()),
             unit="nats",
@@ -240,11 +239,11 @@ def context(evidence: Evidence) -> Iterator[Bars]:
 
 
 def tradeoff(evidence: Evidence) -> Iterator[Scatter]:
-    """Size against KL of everything judged on the same tokens."""
+    """Size against KL of everything judged on the same tokens against the same model."""
     own = evidence.fidelity
     points = []
     for one in evidence.judged:
-        alike = own is None or one.tokens == own.tokens
+        alike = own is None or one.like(own)
         if not alike or one.result["kl"] is None or not Path(one.path, "config.json").is_file():
             continue
         num_bytes = sum(t.nbytes for t in Checkpoint.open(one.path).tensors.values())
@@ -256,6 +255,6 @@ def tradeoff(evidence: Evidence) -> Iterator[Scatter]:
         yield Scatter(
             name="tradeoff",
             title="Size against KL",
-            note="KL from the base model on held-out tokens, nats a token; bars: 95 % intervals.",
+            note="KL from the reference, nats a token; bars: 95 % intervals.",
             points=tuple(points),
         )

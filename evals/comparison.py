@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from evals.intervals import paired_interval
+from evals.intervals import interval_of, paired_interval
 from evals.tally import perplexities
 from models.errors import InputError
-from models.journal import MANIFEST
+from models.journal import MANIFEST, read_object
 
 FILES = ("samples.jsonl", "items.jsonl")
 
@@ -32,16 +32,21 @@ SAMPLE_FIGURES: dict[str, Figure] = {
     "top1_agreement": ("agree", "tokens", np.asarray),
 }
 ITEM_FIGURES: dict[str, Figure] = {"score": ("score", "weight", np.asarray)}
+TO_REFERENCE = ("kl", "top1_agreement")
+TOTAL = "all"
+NO_LOSS = "there is no loss to share out: evaluate both models with --reference, the original"
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The lines of one run by their key, and the digest of what it was run on ("": not known)."""
+    """The lines of one run by their key, and the digests of what it was run on and of the model
+    that it was compared with ("": not known)."""
 
     path: Path
     rows: dict[str, dict[str, Any]]
     is_task: bool
     data: str
+    reference: str
 
 
 def read_run(path: str | Path) -> Run:
@@ -58,15 +63,17 @@ def read_run(path: str | Path) -> Run:
             "finished, or the file itself"
         )
     rows = read_rows(found[0])
-    return Run(
-        found[0], rows, any("item" in r for r in rows.values()), data_digest(found[0].parent)
-    )
+    is_task = any("item" in row for row in rows.values())
+    return Run(found[0], rows, is_task, *digests(found[0].parent))
 
 
 def read_rows(file: Path) -> dict[str, dict[str, Any]]:
     """The lines of a run by item or sample. InputError naming the line that is neither."""
     rows: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
+    lines = file.read_text(encoding="utf-8").split("\n")  # answers may hold other line ends
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
         try:
             row = json.loads(line)
             rows[str(row["item"] if "item" in row else row["sample"])] = row
@@ -79,17 +86,16 @@ def read_rows(file: Path) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def data_digest(folder: Path) -> str:
-    """The digest of tokens or items by the run's manifest."""
-    try:
-        job = json.loads((folder / MANIFEST).read_bytes())["job"]
-    except (OSError, ValueError, KeyError):
-        return ""
-    return str(job.get("tokens") or job.get("data") or "")
+def digests(folder: Path) -> tuple[str, str]:
+    """The digests of tokens or items, and of the reference, by the run's manifest."""
+    job = (read_object(folder / MANIFEST) or {}).get("job") or {}
+    reference = (job.get("models") or {}).get("reference")
+    return str(job.get("tokens") or job.get("data") or ""), str(reference or "")
 
 
 def compare_runs(first: Run, second: Run) -> dict[str, Any]:
-    """{"samples": n, "groups": {"all" | domain: {figure: {first, second, difference, interval}}}}.
+    """{"samples": n, "groups": {"all" | domain: {figure: {first, second, difference, interval}}},
+    "left_out": figures}: distances to a reference, where the runs have different ones.
 
     InputError when the runs are not over the same samples.
     """
@@ -106,47 +112,94 @@ def compare_runs(first: Run, second: Run) -> dict[str, Any]:
             "only); run both to the end on the same data"
         )
     figures = ITEM_FIGURES if first.is_task else SAMPLE_FIGURES
-    keys = list(first.rows)
-    strata = [str(first.rows[key].get("domain", "")) for key in keys]
-    groups = {"all": keys}
-    if len(set(strata)) > 1:
-        for name in dict.fromkeys(strata):
-            groups[name] = [k for k, stratum in zip(keys, strata, strict=True) if stratum == name]
+    left_out = [] if same_reference(first, second) else list(TO_REFERENCE)
     return {
-        "samples": len(keys),
+        "samples": len(first.rows),
         "groups": {
             name: {
-                figure: difference(first, second, own, *columns)
-                for figure, columns in figures.items()
-                if all(columns[0] in run.rows[key] for run in (first, second) for key in own)
+                figure: difference(first, second, own, *used)
+                for figure, used in figures.items()
+                if figure not in left_out
+                and all(used[0] in run.rows[key] for run in (first, second) for key in own)
             }
-            for name, own in groups.items()
+            for name, own in groups_of(first).items()
         },
+        "left_out": left_out,
     }
 
 
-def shares_of_loss(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def same_reference(first: Run, second: Run) -> bool:
+    """Whether both were compared with one model, as far as that is on record."""
+    return first.reference == second.reference or not (first.reference and second.reference)
+
+
+def groups_of(run: Run) -> dict[str, list[str]]:
+    """Keys of all samples and, where there are several, of each domain."""
+    domains: dict[str, list[str]] = {}
+    for key, row in run.rows.items():
+        domains.setdefault(str(row.get("domain", "")), []).append(key)
+    if len(domains) == 1:
+        domains = {}
+    if TOTAL in domains:
+        raise InputError(
+            f"{run.path} has a domain named `{TOTAL}`, as the total is; name it otherwise in the "
+            "mix and evaluate again"
+        )
+    return {TOTAL: list(run.rows), **domains}
+
+
+def shares_of_loss(first: Run, second: Run) -> dict[str, dict[str, Any]]:
     """Of SECOND's KL to the original, what the step to FIRST lost and what the one after it added.
 
-    `found` is what `compare_runs` gave for FIRST = pruned and SECOND = the same model rounded:
+    FIRST is pruned and SECOND the same model rounded, runs that `compare_runs` takes:
     {"all" | domain: {"kl", "first", "second", "interval"}}, the interval that of the second share.
-    InputError when a run has no KL.
+    InputError when a run has no KL, or not to the same model.
     """
+    if not same_reference(first, second):
+        raise InputError(
+            f"{first.path} and {second.path} were compared with different models; evaluate both "
+            "with --reference, the original"
+        )
     shares: dict[str, dict[str, Any]] = {}
-    for group, figures in found["groups"].items():
-        kl = figures.get("kl")
-        if kl is None or kl["second"] <= 0:
-            raise InputError(
-                "there is no loss to share out: evaluate both models with --reference, the original"
-            )
-        low_high = kl["interval"]
-        shares[group] = {
-            "kl": kl["second"],
-            "first": kl["first"] / kl["second"],
-            "second": kl["difference"] / kl["second"],
-            "interval": None if low_high is None else [x / kl["second"] for x in low_high],
-        }
+    for group, keys in groups_of(first).items():
+        if not all("kl" in run.rows[key] for run in (first, second) for key in keys):
+            raise InputError(NO_LOSS)
+        shares[group] = share(*columns(first, second, keys, "kl", "tokens"))
     return shares
+
+
+def share(kls: list[np.ndarray], tokens: list[np.ndarray], strata: np.ndarray) -> dict[str, Any]:
+    """One group's shares; the interval is of the ratio itself, both sums drawn together."""
+
+    def means(counts: np.ndarray) -> list[np.ndarray]:
+        return [counts @ kl / (counts @ own) for kl, own in zip(kls, tokens, strict=True)]
+
+    def second(counts: np.ndarray) -> np.ndarray:
+        pruned, whole = means(counts)
+        return 1 - pruned / whole
+
+    once = np.ones((1, len(strata)))
+    kl = float(means(once)[1][0])
+    if kl <= 0:
+        raise InputError(NO_LOSS)
+    added, interval = float(second(once)[0]), interval_of(second, strata)
+    return {
+        "kl": kl,
+        "first": 1 - added,
+        "second": added,
+        "interval": None if interval is None else list(interval),
+    }
+
+
+def columns(
+    first: Run, second: Run, keys: list[str], column: str, weight: str
+) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
+    """Values and weights of both runs, and the number of each key's domain."""
+    rows = [[run.rows[key] for key in keys] for run in (first, second)]
+    values = [np.array([float(row[column]) for row in own]) for own in rows]
+    weights = [np.array([float(row.get(weight, 1)) for row in own]) for own in rows]
+    domains = [str(row.get("domain", "")) for row in rows[0]]
+    return values, weights, np.unique(domains, return_inverse=True)[1]
 
 
 def difference(
@@ -158,12 +211,8 @@ def difference(
     shape: Callable[[np.ndarray], np.ndarray],
 ) -> dict[str, Any]:
     """One figure of both runs over `keys`, the difference and its interval."""
-    runs = (first, second)
-    values = [np.array([float(run.rows[key][column]) for key in keys]) for run in runs]
-    weights = [np.array([float(run.rows[key].get(weight, 1)) for key in keys]) for run in runs]
-    strata = [str(first.rows[key].get("domain", "")) for key in keys]
-    numbers = np.unique(strata, return_inverse=True)[1]
-    found, interval = paired_interval(values[0], values[1], weights[0], weights[1], numbers, shape)
+    values, weights, strata = columns(first, second, keys, column, weight)
+    found, interval = paired_interval(values[0], values[1], weights[0], weights[1], strata, shape)
     both = [float(shape(v.sum() / w.sum())) for v, w in zip(values, weights, strict=True)]
     return {
         "first": both[0],

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from evals.by_layer import RESULT_FILE
+from evals.fidelity import REFERENCE
 from models.checkpoint import Checkpoint
 from models.errors import InputError
 from models.families import spec_of
 from models.inventory import take
 from models.journal import MANIFEST, read_object
+from models.model_spec import ModelSpec
 from reap.plan import PrunePlan
 from reap.stats import SaliencyStats
 
@@ -42,6 +44,7 @@ class Facts:
     total: int  # parameters
     active: int
     num_bytes: int
+    counted_bytes: int  # of what `total` counts
     precision: str
 
 
@@ -54,8 +57,16 @@ class Judged:
     digest: str
     result: dict[str, Any]
     tokens: dict[str, Any]
+    tokens_digest: str
+    reference: dict[str, Any]  # path and digest of the model it was compared with; may be empty
     folder: Path
     own: bool  # of the checkpoint in question, not of a variant
+
+    def like(self, other: Judged) -> bool:
+        """Whether both were judged on the same tokens and against the same model."""
+        return (self.tokens_digest, self.reference.get("digest")) == (
+            other.tokens_digest, other.reference.get("digest"),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +78,12 @@ class Evidence:
     facts: Facts
     steps: tuple[dict[str, Any], ...]  # manifests, the last step first
     base_path: str
+    base_digest: str
     base: Facts | None
     plan: PrunePlan | None
     saliency: SaliencyStats | None
     calibration: dict[str, Any] | None
+    calibrated_on: frozenset[str]  # digests of all token sets that shaped it
     judged: tuple[Judged, ...] = ()
     tasks: tuple[dict[str, Any], ...] = ()
     by_layer: dict[str, Any] | None = None
@@ -91,6 +104,23 @@ class Evidence:
         """What quantization recorded by unit."""
         return next((step["rounding"] for step in self.steps if "rounding" in step), {})
 
+    @property
+    def repair(self) -> dict[str, Any] | None:
+        """What was corrected in kept experts after pruning, None where nothing was."""
+        return next((step["repair"] for step in self.steps if "repair" in step), None)
+
+    def other_reference(self, one: Judged) -> str | None:
+        """Name of the model that `one` was compared with where that is not the base model."""
+        if not one.reference or one.reference["digest"] == self.base_digest:
+            return None
+        return Path(one.reference["path"]).name
+
+    def held_out(self, one: Judged) -> bool | None:
+        """Whether the tokens of `one` are none that shaped the checkpoint; None: not known."""
+        if not self.calibrated_on or not one.tokens_digest:
+            return None
+        return one.tokens_digest not in self.calibrated_on
+
 
 def gather(
     checkpoint: str | Path,
@@ -101,7 +131,8 @@ def gather(
     """All evidence about a checkpoint that one of our jobs wrote.
 
     `evaluations` are folders of `thresher eval -o`; `scores` overrides where saliency lies.
-    Raises InputError for a folder without a manifest, and for evaluations of something else.
+    Raises InputError for a folder without a manifest, and for evaluations or scores of something
+    else.
     """
     folder = Path(checkpoint)
     if not (folder / "config.json").is_file():
@@ -117,9 +148,15 @@ def gather(
     plan = plan_of(folder, steps)
     found_scores = scores or scores_of(steps)
     saliency = None
-    if found_scores is not None and (found_scores / "saliency.json").is_file():
+    if scores is not None or (found_scores and (found_scores / "saliency.json").is_file()):
+        assert found_scores is not None
         saliency = SaliencyStats.load(found_scores)
-        if scores is None and plan is not None and saliency.digest() != plan.saliency_sha256:
+        if plan is not None and saliency.digest() != plan.saliency_sha256:
+            if scores is not None:
+                raise InputError(
+                    f"{scores} holds other scores than {folder} was pruned by (by digest); give "
+                    "the folder that thresher prune read"
+                )
             saliency, found_scores = None, None
     judged = tuple(one for path in evaluations for one in evaluations_in(path, opened.digest()))
     if evaluations and not any(one.own for one in judged) and not any_tasks(evaluations):
@@ -133,10 +170,12 @@ def gather(
         facts=facts_of(folder),
         steps=steps,
         base_path=base_path,
+        base_digest=str((steps[-1].get("source") or {}).get("digest", "")),
         base=facts_of(Path(base_path)) if (Path(base_path) / "config.json").is_file() else None,
         plan=plan,
         saliency=saliency,
         calibration=calibration_of(steps, found_scores),
+        calibrated_on=frozenset(calibrated_on(steps, saliency)),
         judged=judged,
         tasks=tuple(task for path in evaluations for task in tasks_in(path, opened.digest())),
         by_layer=damage_in(evaluations, opened.digest()),
@@ -195,6 +234,22 @@ def calibration_of(steps: Sequence[dict[str, Any]], scores: Path | None) -> dict
     return None
 
 
+def calibrated_on(steps: Sequence[dict[str, Any]], saliency: SaliencyStats | None) -> Iterator[str]:
+    """Digests of the tokens that experts were scored, corrected or rounded by."""
+    found = [saliency.digests.get("tokens")] if saliency is not None else []
+    for step in steps:
+        job = step.get("job") or {}
+        found += [
+            (step.get("inputs") or {}).get("tokens"),
+            job.get("tokens"),
+            job.get("score_tokens"),
+            (job.get("repair") or {}).get("tokens"),
+        ]
+    for digest in found:
+        if isinstance(digest, str) and digest:
+            yield from digest.split("+")  # of scores that were added
+
+
 def evaluations_in(folder: Path, digest: str) -> Iterator[Judged]:
     """The streaming evaluations of a folder; those of `digest` are the checkpoint's own."""
     result = read_object(folder / "evaluation.json")
@@ -205,7 +260,7 @@ def evaluations_in(folder: Path, digest: str) -> Iterator[Judged]:
         return
     if manifest is None or "models" not in manifest:
         raise InputError(f"{folder}/{MANIFEST} is missing; run `thresher eval` again")
-    models = {name: own for name, own in manifest["models"].items() if name != "reference"}
+    models = {name: own for name, own in manifest["models"].items() if name != REFERENCE}
     for name, own in models.items():
         yield Judged(
             name=name,
@@ -213,6 +268,8 @@ def evaluations_in(folder: Path, digest: str) -> Iterator[Judged]:
             digest=own["digest"],
             result=result if list(models) == ["model"] else result[name],
             tokens=manifest.get("tokens") or {},
+            tokens_digest=str((manifest.get("job") or {}).get("tokens", "")),
+            reference=manifest["models"].get(REFERENCE) or {},
             folder=folder,
             own=own["digest"] == digest,
         )
@@ -244,8 +301,14 @@ def licence_files(folder: Path) -> Iterator[str]:
             yield path.name
 
 
+def is_extra(spec: ModelSpec, name: str) -> bool:
+    """Whether a tensor is of an MTP layer or of vision, which parameters are not counted of."""
+    place = spec.place(name)
+    return place.kind in ("mtp", "vision") or (place.layer or 0) >= spec.num_layers
+
+
 def facts_of(folder: Path) -> Facts:
-    """A checkpoint's numbers. Parameters are counted, MTP layers left out."""
+    """A checkpoint's numbers. Parameters are counted, MTP layers and vision left out."""
     from models.sizes import storage
 
     opened = Checkpoint.open(folder)
@@ -263,5 +326,8 @@ def facts_of(folder: Path) -> Facts:
         total=inventory.total,
         active=inventory.active,
         num_bytes=sum(info.nbytes for info in opened.tensors.values()),
+        counted_bytes=sum(
+            info.nbytes for name, info in opened.tensors.items() if not is_extra(spec, name)
+        ),
         precision=storage(opened.config, spec.text).title,
     )

@@ -7,6 +7,7 @@ advice; gated or custom terms are the publisher's to read.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import yaml
@@ -51,6 +52,16 @@ TEXTS: tuple[tuple[str, str], ...] = (
     ("cc-by-4.0", "Attribution 4.0 International"),
     ("gpl-3.0", "GNU GENERAL PUBLIC LICENSE Version 3"),
 )
+# how a text ends that says no more than its licence: conditions are often put behind it
+ENDS = {
+    "apache-2.0": ("limitations under the License", "END OF TERMS AND CONDITIONS"),
+    "mit": ("DEALINGS IN THE SOFTWARE",),
+}
+CHANGED = re.compile(
+    r"\bmodified[ -](apache|bsd|cc|creative|gnu|licen[cs]e|mit)\b|\bonly modification\b"
+    r"|\badditional (clause|condition|restriction|requirement)s?\b",
+    re.IGNORECASE,
+)
 
 
 def refusal(licence: str | None, name: str | None = None, link: str | None = None) -> str | None:
@@ -71,15 +82,31 @@ def refusal(licence: str | None, name: str | None = None, link: str | None = Non
 
 
 def licence_of(folder: Path) -> str | None:
-    """The licence of a model folder: of its card's metadata, else recognised from LICENSE."""
+    """The licence of a model folder: of its card's metadata, else recognised from LICENSE files.
+
+    Those named for the model go before all others, one for the code is none of the weights'.
+    `other`: a text that is not known word for word, or texts that do not agree.
+    """
     metadata = front_matter(folder / "README.md")
     if isinstance(metadata.get("license"), str):
         return str(metadata["license"])
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name.upper().startswith(("LICENSE", "LICENCE")):
-            words = " ".join(path.read_text(encoding="utf-8", errors="replace").split())
-            return next((known for known, phrase in TEXTS if phrase in words), "other")
-    return None
+    named = {path.name.upper(): path for path in folder.iterdir() if path.is_file()}
+    texts = {name: path for name, path in named.items() if "LICENSE" in name or "LICENCE" in name}
+    of_model = [path for name, path in texts.items() if "MODEL" in name]
+    found = {
+        recognised(path.read_text(encoding="utf-8", errors="replace"))
+        for path in of_model or [path for name, path in texts.items() if "CODE" not in name]
+    }
+    return found.pop() if len(found) == 1 else "other" if found else None
+
+
+def recognised(text: str) -> str:
+    """The licence whose text this is; `other` for an unknown or a changed one."""
+    words = " ".join(text.split())
+    known = next((known for known, phrase in TEXTS if phrase in words), "other")
+    if CHANGED.search(words) or not words.rstrip('." =').endswith(ENDS.get(known, "")):
+        return "other"
+    return known
 
 
 def front_matter(readme: Path) -> dict[str, object]:

@@ -108,7 +108,8 @@ def category_rows(folder: Path, category: str) -> list[Row]:
 def json_lines(file: Path) -> list[Row]:
     """Rows of a JSON Lines file. InputError naming the file when it is none."""
     try:
-        return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+        lines = file.read_text(encoding="utf-8").split("\n")  # strings may hold other line ends
+        return [json.loads(line) for line in lines if line.strip()]
     except ValueError as error:
         raise InputError(f"{file} is not JSON Lines ({error}); download it again") from error
 

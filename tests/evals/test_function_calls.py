@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from evals.function_calls import as_tools, calls_in_text, judge, named_back
-from evals.task_data import from_answers
+from evals.task_data import from_answers, json_lines
 
 WEATHER = {
     "name": "weather.get",
@@ -149,3 +151,11 @@ def test_the_packages_checker_agrees() -> None:
         pairs = [next(iter(call.items())) for call in calls]
         ours = judge(case["category"], case["function"], pairs, case["accepted"]) is None
         assert ours == verdict, (case["id"], kind, calls)
+
+
+def test_rows_may_hold_other_line_ends(tmp_path: Path) -> None:
+    rows = [{"id": n, "question": "a\u2028b\u0085c"} for n in range(2)]
+    file = tmp_path / "BFCL_v4_multiple.json"
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    file.write_text("".join(lines), encoding="utf-8")
+    assert json_lines(file) == rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evals.intervals import draws, paired_interval, ratio_intervals
+from evals.intervals import draws, joined, paired_interval, ratio_intervals
 
 
 def test_draws_stay_within_their_stratum() -> None:
@@ -50,3 +50,24 @@ def test_too_few_samples_get_none() -> None:
     assert ratio_intervals({"x": np.ones(4)}, np.ones(4), np.zeros(4)) is None
     four = np.arange(4.0)
     assert paired_interval(four, four + 1, four + 1, four + 1, np.zeros(4))[1] is None
+
+
+def test_small_strata_are_drawn_as_one() -> None:
+    """A stratum of one sample always gives that sample: alone its intervals have no width."""
+    values = np.random.default_rng(3).normal(3, 2, 12)
+    ones, alone, one = np.ones(12), np.arange(12), np.zeros(12)
+    assert ratio_intervals({"x": values}, ones, alone) == ratio_intervals({"x": values}, ones, one)
+    found = paired_interval(one, values, ones, ones, alone)[1]
+    assert found is not None
+    assert found[1] - found[0] > 1
+    strata = joined([0, 1, 0, 1, 0, 2, 0, 2, 0, 2])
+    assert strata is not None
+    assert len(set(strata.tolist())) == 2
+    assert len(set(strata[[1, 3, 5, 7, 9]].tolist())) == 1
+
+
+def test_a_rest_that_is_too_small_joins_the_smallest() -> None:
+    strata = joined([0] * 7 + [1] * 6 + [2, 3])
+    assert strata is not None
+    assert set(strata.tolist()) == {0, 1}
+    assert strata[-8:].tolist() == [1] * 8
