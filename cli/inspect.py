@@ -17,6 +17,7 @@ from reap.quotas import GroupMode
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from models.inventory import Inventory
     from models.needs import Need
 
 
@@ -130,7 +131,9 @@ def gather(
     served = round(bytes_in(after, goal) * scale)
     kept_mtp = 0 if keep is not None or not has_mtp else mtp_bytes
     if kept_mtp and scheme is not None:
-        kept_mtp = bytes_in(before, goal, mtp=True) - bytes_in(before, goal)
+        # what the config cannot know (MTP layers that are not numbered) is carried as it is
+        now, then = (bytes_in(before, f, mtp=True) - bytes_in(before, f) for f in (form, goal))
+        kept_mtp += then - now
     tokens = calibration_tokens or CALIBRATION_TOKENS
     layers = caches(after)
     cache = cache_bytes(layers, context)
@@ -161,6 +164,7 @@ def gather(
             "scheme": scheme,
             "parameters": {"total": after.total, "active": after.active},
             "bytes": served + kept_mtp,
+            "refused": None if scheme is None else refusal(after, scheme),
         },
         "serving": {
             "context": context,
@@ -174,6 +178,20 @@ def gather(
         },
         "jobs": projected(tokens, machine, needs(before, form, after, goal, machine, tokens)),
     }
+
+
+def refusal(inventory: Inventory, scheme: str) -> str | None:
+    """Why `quantize --scheme` will not take the model, None where it will."""
+    from models.sizes import unfit
+
+    weight = unfit(inventory, scheme)
+    if weight is None:
+        return None
+    where = weight.path if weight.layer is None else f"layers.{weight.layer}.{weight.path}"
+    return (
+        f"{where} has K = {weight.shape[1]}, no whole number of {SCHEMES[scheme].block[1]}: "
+        f"quantize --scheme {scheme} will refuse it"
+    )
 
 
 def projected(tokens: int, machine: Machine, jobs: Mapping[str, Need]) -> dict[str, Any]:
@@ -240,6 +258,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
             f"parameters    {billions(total)}, {billions(active)} active",
             f"on disk       {gigabytes(after['bytes'])}",
         ]
+        text += [f"warning       {after['refused']}"] if after["refused"] else []
     text += [
         "",
         f"to serve      {gigabytes(serving['bytes'])}: weights {gigabytes(serving['weights'])}, "

@@ -11,6 +11,7 @@ from typing import Any
 
 from models.architecture import HASH_COUNT_KEY, Architecture, Config, ExpertTensor, Kind, Place
 from models.errors import InputError
+from models.moe_layers import number
 
 
 def first_present(config: Config, keys: tuple[str, ...], family: str) -> str:
@@ -99,19 +100,19 @@ class ModelSpec:
     def num_groups(self) -> int:
         """n_group of group-limited routing; 1 where the router has no groups."""
         keys = self.architecture.moe.groups
-        return int(self.text.get(keys[0]) or 1) if keys else 1
+        return number(self.text, keys[0], 1) or 1 if keys else 1
 
     @cached_property
     def topk_groups(self) -> int:
         """topk_group of group-limited routing; 1 where the router has no groups."""
         keys = self.architecture.moe.groups
-        return int(self.text.get(keys[1]) or 1) if keys and self.num_groups > 1 else 1
+        return number(self.text, keys[1], 1) or 1 if keys and self.num_groups > 1 else 1
 
     @cached_property
     def zero_experts(self) -> int:
         """Router rows of zero-computation experts behind the real ones (LongCat)."""
         key = self.architecture.moe.zero_experts
-        return int(self.text.get(key) or 0) if key else 0
+        return number(self.text, key, 0) if key else 0
 
     @cached_property
     def moe_layers(self) -> tuple[int, ...]:
@@ -134,8 +135,7 @@ class ModelSpec:
         mtp = self.architecture.mtp
         if mtp is None:
             return 0
-        value = self.text.get(mtp.count) if mtp.count else None
-        return int(value) if value is not None else mtp.default
+        return number(self.text, mtp.count, mtp.default) if mtp.count else mtp.default
 
     @cached_property
     def mtp_layers(self) -> tuple[int, ...]:
@@ -259,6 +259,17 @@ def check_required(spec: ModelSpec) -> None:
                 f"config.json: {key} is {spec.text[key]!r}, {arch.title} is implemented for "
                 f"{' or '.join(repr(value) for value in allowed)} only"
             )
+    for key in ("hidden_size", "vocab_size"):
+        value = spec.text.get(key, 1)  # where there is none transformers has a default
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(
+                f"config.json: {key} is {value!r}, a {arch.title} model needs a whole number above "
+                "0 there; restore the original config.json"
+            )
+    if spec.num_mtp_layers < 0:
+        raise InputError(
+            f"config.json counts {spec.num_mtp_layers} MTP layers; restore the original config.json"
+        )
     if spec.num_layers < 1 or not spec.moe_layers:
         raise InputError(
             f"config.json describes a {arch.title} model without a single MoE layer; "

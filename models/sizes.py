@@ -9,6 +9,7 @@ it is in (`storage`), never what we would write.
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,14 +24,16 @@ from models.inventory import Inventory, Weight, WeightKind
 class Packing:
     """A number format of weight matrices: bits, and the block one scale covers.
 
-    `block` is (rows, columns) of a scale, None meaning the whole extent; `constants` are bytes
-    that every tensor has besides (shapes, global scales), `extras` in how many tensors they and
-    the scales come.
+    `block` is (rows, columns) of a scale, None meaning the whole extent; `zero_bits` those of a
+    zero point beside each scale; `column_bytes` are stored once a column (g_idx) and `constants`
+    once a tensor (shapes, global scales), `extras` in how many tensors all of these come.
     """
 
     bits: int
     block: tuple[int, int | None]
     scale_bytes: int
+    zero_bits: int = 0
+    column_bytes: int = 0
     constants: int = 0
     extras: int = 1
 
@@ -47,6 +50,8 @@ class Packing:
         return (
             (packed or ceil(rows * columns * self.bits / 8))
             + scales * self.scale_bytes
+            + ceil(scales * self.zero_bits / 8)
+            + columns * self.column_bytes
             + self.constants
         )
 
@@ -80,7 +85,7 @@ class Storage:
             return None
         if weight.kind == "indexer" and "weights_proj" in weight.path:
             return None  # 16 bits in every published checkpoint
-        name = weight.path if weight.layer is None else f"layers.{weight.layer}.{weight.path}"
+        name = weight.path if weight.layer is None else f"model.layers.{weight.layer}.{weight.path}"
         return None if any(pattern.search(name) for pattern in self.ignore) else packing
 
     def bytes_of(self, weight: Weight) -> int:
@@ -102,16 +107,33 @@ def quantized(scheme: str) -> Storage:
     return Storage(scheme, {"expert": SCHEMES[scheme], "linear": SCHEMES[scheme]})
 
 
+def unfit(inventory: Inventory, scheme: str) -> Weight | None:
+    """The first matrix that `thresher quantize --scheme` refuses: its rows are no whole number of
+    groups."""
+    columns = SCHEMES[scheme].block[1]
+    for weight in inventory.main:
+        matrix = weight.kind in ("expert", "linear") and len(weight.shape) == 2
+        if matrix and columns is not None and weight.shape[1] % columns:
+            return weight
+    return None
+
+
 def storage(config: Mapping[str, Any], text: Mapping[str, Any]) -> Storage:
     """The format a config.json announces. InputError when the method is not known here."""
     settings = config.get("quantization_config") or text.get("quantization_config")
+    if settings and not isinstance(settings, dict):
+        raise _wrong("quantization_config", settings, "an object")
     if not settings:
         return Storage(str(text.get("dtype") or text.get("torch_dtype") or "bfloat16"))
     method = settings.get("quant_method")
+    if method in ("gptq", "auto-round"):
+        return _packed_integers(settings, method)
+    if method == "modelopt":
+        return _modelopt(settings)
     ignore = _patterns(settings.get("modules_to_not_convert") or settings.get("ignore") or ())
     if method == "fp8":
-        block = settings.get("weight_block_size") or (1, None)
-        fp8 = Packing(bits=8, block=(block[0], block[1]), scale_bytes=4)
+        block = _block(settings.get("weight_block_size"), "weight_block_size")
+        fp8 = Packing(bits=8, block=block, scale_bytes=4)
         title = f"FP8, blocks of {'x'.join(str(side) for side in block)}"
         experts = fp8
         if "fp4" in (text.get("expert_dtype"), settings.get("expert_dtype")):  # DeepSeek-V4
@@ -123,47 +145,117 @@ def storage(config: Mapping[str, Any], text: Mapping[str, Any]) -> Storage:
         return _compressed_tensors(settings, ignore)
     raise InputError(
         f"config.json: quant_method {method!r} is not read here (known: fp8, mxfp4, "
-        "compressed-tensors); start from the model's original checkpoint"
+        "compressed-tensors, gptq, auto-round, modelopt); start from the model's original "
+        "checkpoint"
     )
+
+
+def _wrong(key: str, value: object, needed: str) -> InputError:
+    return InputError(
+        f"config.json: {key} is {value!r}, not {needed}; restore the original config.json"
+    )
+
+
+def _block(value: object, key: str) -> tuple[int, int | None]:
+    """Rows and columns of a scale, from the config; one scale a row where it says nothing."""
+    if value is None:
+        return 1, None
+    if isinstance(value, list) and len(value) == 2:
+        rows, columns = value
+        if type(rows) is int and type(columns) is int and rows > 0 and columns > 0:
+            return rows, columns
+    raise _wrong(key, value, "two sizes")
+
+
+def _packed_integers(settings: Mapping[str, Any], method: str) -> Storage:
+    """gptq and auto-round: words, F16 scales and zero points; gptq also the group of a column."""
+    bits, group = settings.get("bits"), settings.get("group_size")
+    if type(bits) is not int or bits not in (2, 3, 4, 8) or type(group) is not int:
+        raise _wrong("bits, group_size", [bits, group], f"those of a {method} checkpoint")
+    packing = Packing(
+        bits=bits,
+        block=(1, group if group > 0 else None),
+        scale_bytes=2,
+        zero_bits=bits,
+        column_bytes=4 if method == "gptq" else 0,
+        extras=3 if method == "gptq" else 2,
+    )
+    return Storage(f"{method} int{bits}", {"expert": packing, "linear": packing})
+
+
+def _modelopt(settings: Mapping[str, Any]) -> Storage:
+    """ModelOpt's NVFP4, whose `ignore` are shell patterns."""
+    if settings.get("quant_algo") != "NVFP4":
+        raise InputError(
+            f"config.json: ModelOpt's quant_algo {settings.get('quant_algo')!r} is not read here, "
+            "only NVFP4 is; start from the model's original checkpoint"
+        )
+    packing = SCHEMES["NVFP4"]
+    ignore = tuple(
+        re.compile(f"^{fnmatch.translate(entry + '.weight')}|^{fnmatch.translate(entry)}")
+        for entry in _names(settings.get("ignore") or ())
+    )
+    return Storage("modelopt NVFP4", {"expert": packing, "linear": packing}, ignore)
 
 
 def _compressed_tensors(
     settings: Mapping[str, Any], ignore: tuple[re.Pattern[str], ...]
 ) -> Storage:
-    groups = list((settings.get("config_groups") or {}).values())
-    weights = groups[0].get("weights") if groups else None
-    if not weights:
+    groups = settings.get("config_groups") or {}
+    listed = list(groups.values()) if isinstance(groups, dict) else []
+    first = listed[0] if listed and all(isinstance(one, dict) for one in listed) else {}
+    weights = first.get("weights")
+    if not isinstance(weights, dict):
         raise InputError(
             "config.json: compressed-tensors without a weights scheme in config_groups; "
             "restore the original config.json"
         )
-    bits, kind = int(weights["num_bits"]), weights.get("type", "int")
+    bits, group = weights.get("num_bits"), weights.get("group_size")
+    kind = weights.get("type", "int")
+    if type(bits) is not int or not 1 <= bits <= 16:
+        raise _wrong("num_bits", bits, "a number of bits")
+    if group is not None and type(group) is not int:
+        raise _wrong("group_size", group, "a whole number")
     if weights.get("strategy") == "block":
-        block: tuple[int, int | None] = tuple(weights.get("block_structure") or (128, 128))
+        block = _block(weights.get("block_structure") or [128, 128], "block_structure")
         packing = Packing(bits=bits, block=block, scale_bytes=2)
     elif kind == "float" and bits == 4:
-        packing = SCHEMES["NVFP4" if groups[0].get("input_activations") else "NVFP4A16"]
+        packing = SCHEMES["NVFP4" if first.get("input_activations") else "NVFP4A16"]
     else:
-        group = weights.get("group_size")
+        asymmetric = kind == "int" and weights.get("symmetric") is False
         packing = Packing(
             bits=bits,
             block=(1, group if group and group > 0 else None),
             scale_bytes=2,
+            zero_bits=bits if asymmetric else 0,
             constants=16 if kind == "int" else 0,
-            extras=2 if kind == "int" else 1,
+            extras=2 + asymmetric if kind == "int" else 1,
         )
     packings: Mapping[WeightKind, Packing] = {"expert": packing, "linear": packing}
     return Storage(f"compressed-tensors {kind}{bits}", packings, ignore)
 
 
-def _patterns(entries: Iterable[str]) -> tuple[re.Pattern[str], ...]:
+def _names(entries: object) -> Iterable[str]:
+    """A list of names from the config. InputError for anything else."""
+    if not isinstance(entries, list | tuple) or not all(isinstance(e, str) for e in entries):
+        raise _wrong("the list of modules that are left alone", entries, "a list of names")
+    return entries
+
+
+def _patterns(entries: object) -> tuple[re.Pattern[str], ...]:
     """Module names to leave alone: `re:` entries are searched, others are whole path parts."""
-    return tuple(
-        re.compile(entry[3:])
-        if entry.startswith("re:")
-        else re.compile(rf"(^|\.){re.escape(entry)}($|\.)")
-        for entry in entries
-    )
+    try:
+        return tuple(
+            re.compile(entry[3:])
+            if entry.startswith("re:")
+            else re.compile(rf"(^|\.){re.escape(entry)}($|\.)")
+            for entry in _names(entries)
+        )
+    except re.error as error:
+        raise InputError(
+            f"config.json: {error.pattern!r} among the modules that are left alone is no regular "
+            f"expression ({error}); restore the original config.json"
+        ) from error
 
 
 def bytes_in(inventory: Inventory, form: Storage, *, mtp: bool = False) -> int:

@@ -8,7 +8,9 @@ from functools import partial
 
 import torch
 
+from models.checkpoint import not_finite
 from models.device import has_kernels
+from models.expert_weights import check_finite
 from models.experts import RoutedExperts
 from models.fp8_upload import Fp8Matrix, Fp8Upload, fp8_matrix
 from models.source_formats import Source
@@ -25,15 +27,23 @@ class LayerWeights:
         self.upload = Fp8Upload(device) if has_kernels(device) else None
 
     def one(self, linear: Linear) -> torch.Tensor:
-        """A matrix in float32, [out, in]."""
+        """A matrix in float32, [out, in]. InputError on a CPU when it is not finite."""
         if not linear.stacked:
-            return self.source.read(linear.logical, torch.float32, self.device)
+            return self._checked(
+                linear, self.source.read(linear.logical, torch.float32, self.device)
+            )
         assert linear.place.expert is not None
         value = self.source.read_expert(
             linear.logical, linear.place.expert, torch.float32, self.device
         )
+        value = self._checked(linear, value)
         value = value.T if linear.transposed else value
         return value if linear.rows is None else value[slice(*linear.rows)].contiguous()
+
+    def _checked(self, linear: Linear, value: torch.Tensor) -> torch.Tensor:
+        if self.device.type == "cuda":
+            return value  # to ask there would wait for everything before it: `read` asks once
+        return check_finite(value, linear.logical, self.source)
 
     def stacked(
         self,
@@ -75,10 +85,22 @@ class LayerWeights:
         return weight_BNK
 
     def read(self, linears: Sequence[Linear]) -> Iterator[torch.Tensor]:
-        """Matrices in float32; for a GPU several are on their way at once."""
+        """Matrices in float32; for a GPU several are on their way at once.
+
+        InputError, on a GPU behind the last of them, when one is not finite.
+        """
         if self.device.type != "cuda":
             yield from map(self.one, linears)
             return
         here = torch.cuda.current_device() if self.device.index is None else self.device.index
         with ThreadPoolExecutor(READERS, initializer=partial(torch.cuda.set_device, here)) as pool:
-            yield from pool.map(self.one, linears)  # kernels start on a thread's own device
+            sums = []
+            # kernels start on a thread's own device
+            for value in pool.map(self.one, linears):
+                sums.append(value.sum(dtype=torch.float64))  # finite when all values are
+                yield value
+        if sums:
+            finite = torch.isfinite(torch.stack(sums)).tolist()
+            for linear, well in zip(linears, finite, strict=True):
+                if not well:
+                    raise not_finite(linear.logical, self.source.checkpoint)

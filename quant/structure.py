@@ -6,18 +6,21 @@ targets and ignore is compressed-tensors' own, because that is what engines will
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from compressed_tensors.utils.match import match_name
 
 from models.checkpoint import Checkpoint, torch_dtype
+from models.dequantize import blocks_of
 from models.errors import InputError
 from models.model_spec import ModelSpec
-from models.shard_index import INDEX
+from models.shard_index import INDEX, read_json
 from models.shards import DTYPE_BITS
+from models.source_formats import FP4_BLOCK, Source, quantization_config
+from models.stored_parts import Format
 from quant.export import Layout, stored
 from quant.fused import fused_sets
 from quant.linears import Linear, find_linears, head_module
@@ -26,6 +29,17 @@ from quant.schemes import Scheme
 from quant.stored import StoredMatrix, StoredModel
 
 SCALE_DTYPES = frozenset({"BF16", "F16", "F32"})
+NARROW_FLOATS = ("F8_E4M3", "F8_E5M2", "F4")  # nothing without a scale
+# what a quant_method of config.json lets a reader expect, besides plain tensors
+ANNOUNCED: Mapping[str | None, frozenset[Format]] = {
+    None: frozenset(),
+    "fp8": frozenset({"fp8_block", "fp4_block"}),
+    "mxfp4": frozenset({"mxfp4"}),
+    "compressed-tensors": frozenset({"int_packed", "nvfp4", "scaled"}),
+    "gptq": frozenset({"gptq"}),
+    "auto-round": frozenset({"gptq"}),
+    "modelopt": frozenset({"modelopt"}),
+}
 
 
 def check_files(checkpoint: Checkpoint) -> Iterator[str]:
@@ -36,7 +50,8 @@ def check_files(checkpoint: Checkpoint) -> Iterator[str]:
         if stray.name not in held:
             yield f"{stray.name} is not part of the checkpoint, engines that list files load it"
     if path.is_file():
-        said = json.loads(path.read_text()).get("metadata", {}).get("total_size")
+        metadata = read_json(path, "").get("metadata")
+        said = metadata.get("total_size") if isinstance(metadata, dict) else None
         total = sum(info.nbytes for info in checkpoint.tensors.values())
         if said != total:
             yield f"{INDEX}: total_size is {said}, the tensors have {total} bytes"
@@ -46,6 +61,111 @@ def check_files(checkpoint: Checkpoint) -> Iterator[str]:
             elements *= size
         if elements * DTYPE_BITS[info.dtype] != info.nbytes * 8:
             yield f"{info.name}: {info.nbytes} bytes are not {list(info.shape)} of {info.dtype}"
+
+
+def check_settings(spec: ModelSpec) -> Iterator[str]:
+    """A quantization_config that is no object, lists in it that are none of names."""
+    for config in (spec.config, spec.text):
+        value = config.get("quantization_config")
+        if value is not None and not isinstance(value, dict):
+            yield f"config.json: quantization_config is {value!r}, not an object"
+            return
+    for key in ("ignore", "modules_to_not_convert"):
+        try:
+            names_in(quantization_config(spec), key, "config.json")
+        except InputError as error:
+            yield str(error)
+
+
+def check_formats(source: Source) -> Iterator[str]:
+    """Stored formats that config.json does not announce, and scales that do not fit its blocks.
+
+    What has groups of its own (compressed-tensors and the like) is judged by `check_layout`.
+    """
+    announced = ANNOUNCED[source.quantization.get("quant_method")]
+    unknown: dict[str, list[str]] = {}
+    for name, own in source.stored.items():
+        if own.format != "plain" and own.format not in announced:
+            unknown.setdefault(own.format, []).append(name)
+        elif own.format == "plain" and own.parts["weight"].dtype.startswith(NARROW_FLOATS):
+            yield f"{name} is {own.parts['weight'].dtype} without a scale beside it"
+        elif own.format in ("fp8_block", "fp4_block"):
+            try:
+                block = FP4_BLOCK if own.format == "fp4_block" else source.scale_block(name)
+            except InputError as error:
+                yield str(error)
+                return  # the config's affair: the same for all
+            shape, scale = source.shape(name), own.parts["scale_inv"].shape
+            if len(shape) < 2 or scale != blocks_of(shape, block):
+                yield (
+                    f"{name} of shape {list(shape)} has scales {list(scale)}, which do not fit "
+                    f"config.json's blocks of {block[0]}x{block[1]}"
+                )
+        elif own.format == "mxfp4":
+            blocks, scales = own.parts["blocks"].shape, own.parts["scales"].shape
+            if len(blocks) != 4 or blocks[-1] != 16 or scales != blocks[:-1]:
+                yield f"{name} is no MXFP4 pair: blocks {list(blocks)}, scales {list(scales)}"
+    for form, names in unknown.items():
+        more = f" and {len(names) - 1} more tensors are" if len(names) > 1 else " is"
+        yield (
+            f"{names[0]}{more} stored as {form}, which config.json's quantization_config does "
+            "not say"
+        )
+
+
+def check_shapes(spec: ModelSpec, modules: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """Embedding, head and final norm against the config's sizes; `modules` as in check_experts."""
+    width, rows = spec.hidden_size, spec.text.get("vocab_size")
+    found = set()
+    for name, shape in modules.items():
+        kind = spec.place(name).kind
+        found.add(kind)
+        if kind == "norm" and tuple(shape) != (width,):
+            yield f"{name} has shape {list(shape)}, config.json says hidden_size {width}"
+        table = shape[:1] if rows is None else (rows,)
+        if kind in ("embed", "head") and tuple(shape) != (*table, width):
+            yield (
+                f"{name} has shape {list(shape)}, config.json says vocab_size {rows} and "
+                f"hidden_size {width}"
+            )
+    if "embed" not in found:
+        yield f"{spec.architecture.embed} is missing"
+    if "norm" not in found:
+        yield f"{spec.architecture.norm} is missing"
+
+
+def check_layers(spec: ModelSpec, modules: Iterable[str]) -> Iterator[str]:
+    """Layers that config.json does not count, and norms that only some of the layers have."""
+    norms: dict[int, set[str]] = {}
+    tails: dict[int, set[str]] = {}  # of MTP layers
+    beyond: set[int] = set()
+    for name in modules:
+        place = spec.place(name)
+        if place.layer is None:
+            continue
+        tail = (spec.canonical(name) or "").removeprefix(spec.layer_prefix(place.layer))
+        if place.layer < spec.num_layers:
+            own = norms.setdefault(place.layer, set())
+            own.update([tail] if place.kind == "layer_norm" else [])
+        elif place.layer in spec.mtp_layers:
+            tails.setdefault(place.layer, set()).add(tail)
+        else:
+            beyond.add(place.layer)
+    for layer in sorted(beyond):
+        yield (
+            f"layer {layer} is in the files, config.json says {spec.num_layers} layers"
+            + (f" and {spec.num_mtp_layers} MTP layers" if spec.mtp_layers else "")
+        )
+    for layer, own in tails.items():
+        if "eh_proj.weight" not in own:
+            yield (
+                f"layer {layer} would be an MTP layer, as config.json says {spec.num_layers} "
+                "layers, and has no eh_proj"
+            )
+    every = set().union(*norms.values())
+    for layer, own in sorted(norms.items()):
+        for tail in sorted(every - own):
+            yield f"layer {layer} has no {tail}, other layers have one"
 
 
 def check_experts(spec: ModelSpec, modules: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
@@ -100,6 +220,20 @@ def check_routing(spec: ModelSpec) -> Iterator[str]:
             yield f"config.json: groups of {experts // groups} are too small to be scored"
 
 
+def names_in(settings: Mapping[str, Any], key: str, where: str) -> list[str]:
+    """A list of module names and `re:` patterns. InputError for anything else."""
+    entries = settings.get(key) or []
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        raise InputError(f"{where}: {key} is {entries!r}, not a list of names")
+    for entry in entries:
+        if entry.startswith("re:"):
+            try:
+                re.compile(entry[3:])
+            except re.error as error:
+                raise InputError(f"{where}: {key} has {entry!r}, no regular expression") from error
+    return entries
+
+
 class ConfigGroups:
     """config_groups and ignore of a quantization_config, matched as engines do."""
 
@@ -108,14 +242,29 @@ class ConfigGroups:
         self.schemes: dict[str, Scheme] = {}
         self.targets: dict[str, list[str]] = {}
         self.settings: dict[str, Mapping[str, Any]] = {}
-        for name, group in (settings.get("config_groups") or {}).items():
+        config_groups = settings.get("config_groups") or {}
+        if not isinstance(config_groups, dict):
+            raise InputError(f"config.json: config_groups is {config_groups!r}, not an object")
+        for name, group in config_groups.items():
             where = f"config.json: {name}"
+            if not isinstance(group, dict):
+                raise InputError(f"{where} is {group!r}, not a scheme with targets")
+            targets = names_in(group, "targets", where)
             known = {key: group[key] for key in GROUP_FIELDS & group.keys()}
-            parsed = validated_group(known, where)
-            self.schemes[name] = scheme_from(parsed.weights, parsed.input_activations, where)
-            self.targets[name] = list(group.get("targets") or ())
+            try:
+                parsed = validated_group(known, where)
+            except NotImplementedError as error:  # compressed-tensors, of floats of odd widths
+                raise InputError(f"{where} is no scheme ({error})") from error
+            scheme = scheme_from(parsed.weights, parsed.input_activations, where)
+            unpacked = {"naive-quantized"} if scheme.kind.startswith("fp8") else set()
+            if parsed.format not in {None, scheme.format} | unpacked:
+                raise InputError(
+                    f"{where} has the format {parsed.format}, {scheme.name} is {scheme.format}"
+                )
+            self.schemes[name] = scheme
+            self.targets[name] = targets
             self.settings[name] = known
-        self.ignore = list(settings.get("ignore") or ())
+        self.ignore = names_in(settings, "ignore", "config.json")
         self.ignored_paths = {entry for entry in self.ignore if not entry.startswith("re:")}
         self.ignore_patterns = [entry for entry in self.ignore if entry.startswith("re:")]
 

@@ -28,6 +28,7 @@ from models.journal import MANIFEST
 from models.location import download_snapshot, local_directory
 from models.opening import compute_device, open_model
 from models.progress import Progress, Step, silent
+from models.source_formats import Source, quantization_config
 from quant.comparison import Comparison
 from quant.foreign import LAYOUT_OF, ExportedGroups
 from quant.fused import fused_sets
@@ -39,9 +40,13 @@ from quant.structure import (
     check_config,
     check_experts,
     check_files,
+    check_formats,
+    check_layers,
     check_layout,
     check_partners,
     check_routing,
+    check_settings,
+    check_shapes,
     logical_shapes,
 )
 
@@ -120,7 +125,7 @@ def verify_checkpoint(
             raise
         report.findings.append(str(error))
         return report
-    settings = spec.config.get("quantization_config") or spec.text.get("quantization_config") or {}
+    settings = quantization_config(spec)
     layout = LAYOUT_OF.get(str(settings.get("quant_method")))
     stored = StoredModel({}, checkpoint.tensors)
     if layout is not None:
@@ -130,8 +135,10 @@ def verify_checkpoint(
     found = report.findings
     found += [*check_files(checkpoint), *check_manifest(checkpoint.root, report)]
     found += check_routing(spec)
-    if tp is not None:
-        found += tensor_parallel.findings(spec, tp, tensor_parallel.group_of(settings))
+    wrong = list(check_settings(spec))
+    if wrong:
+        found += wrong
+        return report
     tasks: list[Task] = []
     schemes: dict[str, Scheme] = {}
     shapes: dict[str, tuple[int, int]] = {}
@@ -150,7 +157,20 @@ def verify_checkpoint(
         found += check_partners(spec, matrices_of(stored), schemes)
         for module, scheme in schemes.items():
             found += check_layout(stored.matrices[module], scheme, shapes[module], layout)
-    found += check_experts(spec, logical_shapes(stored, shapes))
+    logical = logical_shapes(stored, shapes)
+    try:
+        reader = Source(checkpoint, spec)
+        if layout is None:
+            logical = {name: reader.shape(name) for name in reader.names()}
+    except InputError as error:
+        if layout is None or not found:
+            found.append(str(error))
+        return report
+    found += check_formats(reader)
+    for check in (check_experts, check_layers, check_shapes):
+        found += check(spec, logical)
+    if tp is not None and not found:
+        found += tensor_parallel.findings(spec, tp, tensor_parallel.group_of(settings))
     if found:
         return report  # what is not even laid out rightly is not worth decoding
     comparison = None if source is None else Comparison(checkpoint, spec, open_model(source))

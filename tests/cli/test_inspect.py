@@ -102,6 +102,48 @@ def test_mtp_beside_the_layers_is_counted_in_its_files(tmp_path: Path) -> None:
     assert half["after"]["bytes"] == whole["bytes"] - mtp - (experts + routers) // 2
 
 
+def test_mtp_beside_the_layers_is_carried_when_quantized(tmp_path: Path) -> None:
+    """What is said before is what quantize writes: `mtp.` tensors keep their bytes."""
+    source, out = tiny_model("qwen3_next", tmp_path / "source", dtype="bfloat16"), tmp_path / "out"
+    said = inspect(source, "--scheme", "FP8_DYNAMIC")["after"]["bytes"]
+    options = ["--scheme", "FP8_DYNAMIC", "--method", "rtn", "-o", str(out), "--quiet"]
+    assert run(["quantize", str(source), *options]) == 0
+    stored = read_all(out)
+    assert any(name.startswith("mtp.") for name in stored)
+    assert said == sum(t.numel() * t.element_size() for t in stored.values())
+
+
+def test_what_quantize_will_refuse_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tiny_model("qwen3_moe", tmp_path / "source", dtype="bfloat16", hidden_size=128)
+    out = ["-o", str(tmp_path / "out"), "--quiet"]
+    for scheme, refuses in (("W4A16", True), ("FP8_BLOCK", True), ("FP8_DYNAMIC", False)):
+        refused = inspect(source, "--scheme", scheme)["after"]["refused"]
+        code = run(["quantize", str(source), "--scheme", scheme, "--method", "rtn", *out])
+        assert (code == 2) is (refused is not None) is refuses
+    capsys.readouterr()
+    assert run(["inspect", str(source), "--scheme", "W4A16"]) == 0
+    said = capsys.readouterr().out
+    assert "no whole number of 128: quantize --scheme W4A16 will refuse it" in said
+    assert inspect(FIXTURE, "--scheme", "W3A16")["after"]["refused"] is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("n_group", "a"), ("n_group", [4]), ("num_nextn_predict_layers", "x"),
+     ("num_nextn_predict_layers", -1), ("hidden_size", 0), ("vocab_size", None)],
+)  # fmt: skip
+def test_counts_that_are_none(
+    key: str, value: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((FIXTURE / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+    assert run(["inspect", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert key in said or "MTP layers" in said
+
+
 def test_index_without_shards_refines(tmp_path: Path) -> None:
     shutil.copy(FIXTURE / "config.json", tmp_path)
     index = {"metadata": {"total_size": 674_030_000_000}, "weight_map": {"lm_head.weight": "x"}}

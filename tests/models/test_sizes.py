@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from models.errors import InputError
 from models.families import spec_of
 from models.inventory import Inventory, take
 from models.machines import MACHINES
@@ -18,7 +19,14 @@ from models.model_spec import ModelSpec
 from models.needs import SNAPSHOTS, needs
 from models.serving import cache_bytes, caches, fitting
 from models.sizes import SCHEMES, Storage, bytes_in, largest_layer, quantized, storage, tensors_in
+from quant.export import Layout
+from quant.recipes import uniform
+from quant.schemes import SCHEMES as QUANT_SCHEMES
+from quant.schemes import Scheme, int_scheme
+from tests.quant.checkpoints import quantized_checkpoint
+from tests.tiny import read_all, tiny_model
 
+NVFP4 = QUANT_SCHEMES["NVFP4"]
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "deepseek_v32" / "config.json"
 
 
@@ -193,6 +201,54 @@ def test_compressed_tensors_int4_experts() -> None:
     plain = sum(w.plain_bytes for w in inventory.main if w.kind != "expert")
     experts = inventory.routed * 4.5 / 8 + 16 * 3 * 256 * 58
     assert bytes_in(inventory, form) == plain + experts
+
+
+@pytest.mark.parametrize(
+    ("layout", "scheme"),
+    [
+        ("compressed-tensors", int_scheme(4, 32, False)),
+        ("gptq", int_scheme(3, 64, True)),
+        ("auto-round", int_scheme(4, 32, False)),
+        ("modelopt", NVFP4),
+    ],
+)
+def test_our_own_exports(layout: Layout, scheme: Scheme, tmp_path: Path) -> None:
+    """Bytes and tensors from the config are those of the files."""
+    wide = {"hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 128}
+    source = tiny_model("qwen3_moe", tmp_path / "source", dtype="bfloat16", **wide)
+    out = quantized_checkpoint(source, tmp_path / "out", uniform(scheme), layout)
+    config = json.loads((out / "config.json").read_text())
+    inventory, form = take(spec_of(config)), storage(config, config)
+    tensors = read_all(out)
+    assert tensors_in(inventory, form) == len(tensors)
+    assert bytes_in(inventory, form) == sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+CT = {"quant_method": "compressed-tensors"}
+FP8 = {"quant_method": "fp8"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ([1], "quantization_config is"),
+        ("fp8", "quantization_config is"),
+        ({**FP8, "weight_block_size": "128"}, "weight_block_size is '128'"),
+        ({**FP8, "weight_block_size": [128]}, "weight_block_size is"),
+        ({**FP8, "modules_to_not_convert": ["re:("]}, "no regular expression"),
+        ({**FP8, "modules_to_not_convert": [1]}, "not a list of names"),
+        ({**CT, "config_groups": [1]}, "config_groups"),
+        ({**CT, "config_groups": "x"}, "config_groups"),
+        ({**CT, "config_groups": {"g": None}}, "config_groups"),
+        ({**CT, "config_groups": {"g": {"weights": {"num_bits": "4"}}}}, "num_bits is '4'"),
+        ({"quant_method": "gptq", "bits": "4", "group_size": 128}, "bits, group_size"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "only NVFP4"),
+        ({"quant_method": "awq"}, "quant_method 'awq' is not read"),
+    ],
+)
+def test_wrong_settings_are_named(settings: Any, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        storage({"quantization_config": settings}, {})
 
 
 def test_mla_cache_by_hand(deepseek: Inventory) -> None:

@@ -30,7 +30,7 @@ from quant.verify import verify_checkpoint
 from reap.plan import PrunePlan
 from reap.prune import prune_checkpoint
 from tests.quant.checkpoints import quantized_checkpoint
-from tests.tiny import tiny_model
+from tests.tiny import FAMILIES, tiny_model
 
 Tensors = dict[str, torch.Tensor]
 EXPERT = "model.layers.2.mlp.experts.3."
@@ -116,6 +116,13 @@ def of_quantization(key: str, value: Callable[[Any], Any]) -> Damage:
     return damage
 
 
+def of_group(**changes: Any) -> Damage:
+    def damage(tensors: Tensors, config: dict[str, Any]) -> None:
+        config["quantization_config"]["config_groups"]["group_0"].update(changes)
+
+    return damage
+
+
 def drop(name: str) -> Damage:
     def damage(tensors: Tensors, config: dict[str, Any]) -> None:
         del tensors[name]
@@ -161,6 +168,28 @@ CASES: list[tuple[str, Damage, str]] = [
     ("int", edit(num_experts=4), "config.json says 4"),
     ("int", edit(num_experts_per_tok=99), "99 experts a token of 12"),
     ("int", edit(num_hidden_layers=4), "layer 3 has no tensors"),
+    ("int", edit(num_hidden_layers=2), "layer 2 is in the files, config.json says 2 layers"),
+    ("int", edit(hidden_size=64), "model.norm.weight has shape [128], config.json says hidden"),
+    ("int", edit(vocab_size=7), "embed_tokens.weight has shape [160, 128], config.json says vocab"),
+    ("int", edit(vocab_size=None), "vocab_size is None"),
+    ("int", edit(quantization_config=None), "stored as int_packed, which config.json's"),
+    ("channel", edit(quantization_config=None), "stored as scaled, which config.json's"),
+    ("nvfp4", edit(quantization_config={"quant_method": "fp8"}), "stored as nvfp4, which"),
+    ("int", edit(quantization_config=[1]), "quantization_config is [1], not an object"),
+    ("int", edit(quantization_config="fp8"), "quantization_config is 'fp8', not an object"),
+    ("int", drop("model.layers.1.input_layernorm.weight"), "layer 1 has no input_layernorm.weight"),
+    ("channel", drop("model.layers.0.self_attn.k_proj.weight_scale"),
+     "k_proj.weight is F8_E4M3 without a scale"),
+    ("int", drop("model.norm.weight"), "model.norm.weight is missing"),
+    ("int", drop("model.embed_tokens.weight"), "model.embed_tokens.weight is missing"),
+    ("int", of_quantization("config_groups", lambda old: [1]), "config_groups is [1]"),
+    ("int", of_quantization("config_groups", lambda old: "x"), "config_groups is 'x'"),
+    ("int", of_quantization("config_groups", lambda old: {"g": None}), "g is None, not a scheme"),
+    ("int", of_quantization("ignore", lambda old: [1]), "ignore is [1], not a list of names"),
+    ("int", of_quantization("ignore", lambda old: ["re:("]), "'re:(', no regular expression"),
+    ("int", of_group(targets=["re:("]), "'re:(', no regular expression"),
+    ("int", of_group(targets=[1]), "targets is [1], not a list of names"),
+    ("int", of_group(format="float-quantized"), "W3A16 is pack-quantized"),
     ("int", of_quantization("ignore", lambda old: []), "is not quantized, config.json targets it"),
     ("int", of_quantization("ignore", lambda old: [*old, EXPERT + "up_proj"]), "has it ignored"),
     ("int", of_quantization("ignore", lambda old: [*old, "a.b"]), "ignores a.b, which is no"),
@@ -226,6 +255,50 @@ def test_exports_pass_too(layout: Layout, scheme: Scheme, source: Path, tmp_path
     save_file(tensors, out / "model.safetensors")
     findings = verify_checkpoint(out, source).findings
     assert any(says in finding for finding in findings), findings
+    config = json.loads((out / "config.json").read_text())
+    del config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config))
+    findings = verify_checkpoint(out).findings
+    says = "stored as modelopt" if layout == "modelopt" else "a layout not known here"
+    assert any(says in finding for finding in findings), findings
+
+
+# kimi_k25's imitated config leaves `lm_head` alone and has `language_model.lm_head`
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "kimi_k25"])
+def test_every_family_passes_as_it_is_published(family: str, tmp_path: Path) -> None:
+    assert verify_checkpoint(tiny_model(family, tmp_path)).findings == []
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v4", "qwen3_5_moe"])
+def test_fp8_blocks_are_held_to_the_config(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family, tmp_path, fp8=True)
+    assert verify_checkpoint(model).findings == []
+    whole = (model / "config.json").read_text()
+    for settings, says in (
+        (None, "stored as fp8_block, which config.json's"),
+        ({"weight_block_size": [64, 64]}, "do not fit config.json's blocks of 64x64"),
+        ({"weight_block_size": "128"}, "weight_block_size is '128'"),
+        ({}, "weight_block_size is None"),
+    ):
+        config = json.loads(whole)
+        holder = config if "quantization_config" in config else config["text_config"]
+        del holder["quantization_config"]
+        if settings is not None:
+            holder["quantization_config"] = {"quant_method": "fp8", **settings}
+        (model / "config.json").write_text(json.dumps(config))
+        findings = verify_checkpoint(model).findings
+        assert any(says in finding for finding in findings), findings
+
+
+def test_layers_that_would_be_mtp_layers(tmp_path: Path) -> None:
+    """Where MTP layers continue the numbers, a layer too few makes the last one an MTP layer."""
+    model = tiny_model("deepseek_v3", tmp_path)
+    config = json.loads((model / "config.json").read_text())
+    config["num_hidden_layers"] = 2
+    (model / "config.json").write_text(json.dumps(config))
+    findings = verify_checkpoint(model).findings
+    assert any(f.startswith("layer 2 would be an MTP layer") for f in findings), findings
+    assert any(f.startswith("layer 3 is in the files") for f in findings), findings
 
 
 def test_a_difference_to_compressed_tensors_is_found(
@@ -312,6 +385,11 @@ def test_files_beside_the_checkpoint(written: dict[str, Path], tmp_path: Path) -
     found = verify_checkpoint(copy).findings
     assert any("stray.safetensors is not part" in finding for finding in found)
     assert any("total_size is 1" in finding for finding in found)
+    for metadata in (None, [1]):
+        odd = json.dumps({**index, "metadata": metadata})
+        (copy / "model.safetensors.index.json").write_text(odd)
+        found = verify_checkpoint(copy).findings
+        assert any("total_size is None" in finding for finding in found)
     digest = hashlib.sha256(b"x").hexdigest()
     files = {
         "gone.json": {"sha256": digest, "bytes": 1},
