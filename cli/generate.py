@@ -10,7 +10,7 @@ import click
 
 from cli.options import json_option, quiet_option, stdout_kept
 from cli.progress import shown
-from cli.sampling import chosen_sampling, load, run_options, sampling_options
+from cli.sampling import chosen_sampling, load, run_options, said_sampling, sampling_options
 from models.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,19 +48,21 @@ def generate(
         from calibration.chat import load_tokenizer
         from runtime.conversation import Conversations
         from runtime.engine import Engine
+        from runtime.text import prompt_ids
 
+        wanted = said_sampling(sampling)
         tokenizer = load_tokenizer(ckpt)
         if as_chat:
             asked = Conversations(tokenizer).prompt([{"role": "user", "content": prompt}])
             ids = asked.ids
         else:
-            ids = list(tokenizer(prompt, verbose=False)["input_ids"])
+            ids = prompt_ids(tokenizer, prompt)
         if not ids:
             raise InputError("--prompt is empty; give some text")
         loaded = load(ckpt, device, dtype, backend, gpu_memory, progress)
-        chosen = chosen_sampling(loaded, sampling)
-        engine = Engine(loaded, max_batch=1, cuda_graphs=cuda_graphs)
-    text, tokens = write(engine, tokenizer, ids, chosen, show=not as_json)
+        chosen = chosen_sampling(loaded, wanted)
+        engine = Engine(loaded, max_batch=1, cuda_graphs=cuda_graphs, eos=tokenizer.eos_token_id)
+    text, tokens = write(engine, tokenizer, ids, chosen, show=not as_json, raw=not as_chat)
     if as_json:
         click.echo(json.dumps({"text": text, "token_ids": tokens}))
     else:
@@ -92,11 +94,12 @@ def chat(
         from runtime.conversation import Conversations
         from runtime.engine import Engine
 
+        wanted = said_sampling(sampling)
         tokenizer = load_tokenizer(ckpt)
         conversations = Conversations(tokenizer)
         loaded = load(ckpt, device, dtype, backend, gpu_memory, progress)
-        chosen = chosen_sampling(loaded, sampling)
-        engine = Engine(loaded, max_batch=1, cuda_graphs=cuda_graphs)
+        chosen = chosen_sampling(loaded, wanted)
+        engine = Engine(loaded, max_batch=1, cuda_graphs=cuda_graphs, eos=tokenizer.eos_token_id)
     messages: list[dict[str, Any]] = []
     if system:
         messages.append({"role": "system", "content": system})
@@ -124,15 +127,18 @@ def write(
     sampling: Sampling,
     *,
     show: bool,
+    raw: bool = False,
     reader: AnswerStream | None = None,
 ) -> tuple[str, list[int]]:
     """Run one prompt; its text (with `reader`: the content alone) and token ids.
 
-    `show` prints text on stdout as it comes.
+    `show` prints text on stdout as it comes; `raw`: it continues the prompt's own text.
     """
     from runtime.text import TextStream, pieces
 
-    stream: TextStream = TextStream(tokenizer, sampling.stop, special=reader is not None)
+    stream: TextStream = TextStream(
+        tokenizer, sampling.stop, special=reader is not None, after=ids if raw else ()
+    )
     request = engine.submit(ids, sampling, lambda token: None)
     parts: list[str] = []
     for text in pieces(engine, request, stream):
@@ -144,6 +150,8 @@ def write(
         parts.append(text)
         if show and text:
             click.echo(text, nl=False)
+    if request.error:
+        raise InputError(f"the model failed to answer: {request.error}")
     if reader is not None:
         left = reader.finish(ended=True)
         parts.append(left.content)

@@ -35,6 +35,8 @@ sampling_options = together(
                  help="0 is greedy; the default is the checkpoint's own."),
     click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=None, metavar="X",
                  help="Smallest set of tokens with this much probability."),
+    click.option("--top-k", type=click.IntRange(min=0), default=None, metavar="N",
+                 help="Only the N most probable tokens; 0 takes all."),
     click.option("--min-p", type=click.FloatRange(0, 1, max_open=True), default=None, metavar="X",
                  help="Tokens at least this probable, relative to the most probable."),
     click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), default=None,
@@ -45,13 +47,21 @@ sampling_options = together(
 )  # fmt: skip
 
 
-def chosen_sampling(loaded: Loaded, options: dict[str, Any]) -> Sampling:
-    """The sampling that `sampling_options` say, the checkpoint's own where they say nothing."""
+def said_sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """What `sampling_options` say. InputError for values out of range, before a model is loaded."""
+    from runtime.sampling import Sampling
+
+    said = {name: value for name, value in options.items() if value not in (None, ())}
+    Sampling(**said)
+    return said
+
+
+def chosen_sampling(loaded: Loaded, said: dict[str, Any]) -> Sampling:
+    """The sampling that was said, the checkpoint's own where nothing was."""
     from dataclasses import replace
 
     from runtime.load import default_sampling
 
-    said = {name: value for name, value in options.items() if value not in (None, ())}
     return replace(default_sampling(loaded), **said)
 
 

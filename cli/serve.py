@@ -66,7 +66,13 @@ def serve(
         tokenizer = load_tokenizer(ckpt)
         with listening(host, port) as listener:
             loaded = load(ckpt, device, dtype, backend, gpu_memory, progress)
-            engine = Engine(loaded, max_batch=max_batch, queue=queue, cuda_graphs=cuda_graphs)
+            engine = Engine(
+                loaded,
+                max_batch=max_batch,
+                queue=queue,
+                cuda_graphs=cuda_graphs,
+                eos=tokenizer.eos_token_id,
+            )
             served = name or Path(ckpt).resolve().name
             defaults = default_sampling(loaded)
             service = Service(engine, tokenizer, served, defaults)

@@ -21,7 +21,7 @@ from runtime.conversation import Conversations
 from runtime.engine import Engine, Request
 from runtime.load import LoadSettings, load_model
 from runtime.sampling import Sampling as EngineSampling
-from runtime.text import TextStream, pieces
+from runtime.text import TextStream, pieces, prompt_ids
 
 
 class LocalModel:
@@ -35,13 +35,13 @@ class LocalModel:
         self.tokenizer = load_tokenizer(ckpt)
         self.conversations = Conversations(self.tokenizer)
         self.loaded = load_model(ckpt, settings, progress=progress)
-        self.engine = Engine(self.loaded)
+        self.engine = Engine(self.loaded, eos=self.tokenizer.eos_token_id)
         self.lock = threading.Lock()
 
     def complete(self, prompt: str, sampling: Sampling) -> Completion:
         """Go on from a prompt."""
-        ids = list(self.tokenizer(prompt, verbose=False)["input_ids"])
-        text, request = self._answer(ids, sampling, special=False)
+        ids = prompt_ids(self.tokenizer, prompt)
+        text, request = self._answer(ids, sampling, raw=True)
         return Completion(text, reason(request), len(request.tokens))
 
     def chat(
@@ -52,7 +52,7 @@ class LocalModel:
     ) -> Completion:
         """Answer a conversation; reasoning is left out of the text."""
         asked = self.conversations.prompt(messages, tools)
-        text, request = self._answer(asked.ids, sampling, special=True)
+        text, request = self._answer(asked.ids, sampling, raw=False)
         reader = self.conversations.answer(asked.thinking, tools=bool(tools))
         first = reader.push(text)
         last = reader.finish(ended=request.reason == "stop")
@@ -70,14 +70,15 @@ class LocalModel:
         found: list[float] = each[:, 0].tolist()
         return found
 
-    def _answer(self, ids: list[int], sampling: Sampling, *, special: bool) -> tuple[str, Request]:
+    def _answer(self, ids: list[int], sampling: Sampling, *, raw: bool) -> tuple[str, Request]:
         chosen = EngineSampling(
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             seed=sampling.seed,
             stop=sampling.stop,
         )
-        stream = TextStream(self.tokenizer, sampling.stop, special=special)
+        after = ids if raw else ()
+        stream = TextStream(self.tokenizer, sampling.stop, special=not raw, after=after)
         request = self.engine.submit(ids, chosen, lambda token: None)
         text = "".join(pieces(self.engine, request, stream, self.lock))
         if request.error:

@@ -16,28 +16,31 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from calibration import deepseek_v32
-from calibration.chat import plain, starts_with_bos
+from calibration.chat import TEMPLATE_BUGS, plain, starts_with_bos, with_text_arguments
 from calibration.deepseek_v32 import CompletionError, encode_messages, parse_completion
 from calibration.messages import (
     Message,
     Sample,
     SampleError,
     Tool,
+    compact,
     normalised_message,
     normalised_tool,
 )
 from models.errors import InputError
-from runtime.text import overlap
+from runtime.text import overlap, prompt_ids, whole
 
 Form = Literal["dsml", "hermes"]
 DSML_START = f"\n\n{deepseek_v32.CALLS}\n"
 HERMES_START = "<tool_call>"
-HERMES_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+HERMES_OPEN = re.compile(r"\s*<tool_call>\s*")
+HERMES_CLOSE = re.compile(r"\s*</tool_call>\s*")
+LENIENT = json.JSONDecoder(strict=False)  # models write line breaks inside strings
 THINK, END_THINK = deepseek_v32.THINK, deepseek_v32.END_THINK
 
 
@@ -73,18 +76,20 @@ class Conversations:
         try:
             known = [normalised_message(message) for message in messages]
             offered = [normalised_tool(tool) for tool in tools]
+            if not known:
+                raise InputError("messages is empty; give at least one message")
+            text = self._render(known, offered, options)
         except SampleError as error:
             raise InputError(f"messages: {error}") from error
-        if not known:
-            raise InputError("messages is empty; give at least one message")
-        text = self._render(known, offered, options)
-        ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        ids = prompt_ids(self.tokenizer, text, add_special_tokens=False)
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:1] != [bos] and starts_with_bos(self.tokenizer):
             ids.insert(0, bos)
         return Prompt(ids=ids, thinking=text.rstrip().endswith(THINK))
 
     def _render(self, messages: list[Message], tools: list[Tool], options: dict[str, Any]) -> str:
+        if "chat_template" in options:
+            raise InputError("chat_template_kwargs may not replace chat_template; leave it out")
         if self.encoded:
             thinking = bool(options.get("thinking", options.get("enable_thinking", False)))
             return encode_messages(messages, tools, thinking=thinking)
@@ -96,19 +101,51 @@ class Conversations:
         for name in ("tokenize", "add_generation_prompt", "return_dict", "return_tensors"):
             options.pop(name, None)
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tools=tools or None, tokenize=False, add_generation_prompt=True, **options
-            )
-        except (TemplateError, TypeError, ValueError) as error:
+            try:
+                return self._templated(map(with_printed_arguments, messages), tools, options)
+            except TypeError:  # the template joins arguments to text, as OpenAI's are
+                return self._templated(map(with_text_arguments, messages), tools, options)
+        except (TemplateError, *TEMPLATE_BUGS) as error:
+            problem = " ".join(f"{type(error).__name__}: {error}".split())
             raise InputError(
-                f"the model's chat template refuses the messages: {' '.join(str(error).split())}"
+                f"the model's chat template refuses the messages: {problem}"
             ) from error
+
+    def _templated(
+        self, messages: Iterable[Message], tools: list[Tool], options: dict[str, Any]
+    ) -> str:
+        text = self.tokenizer.apply_chat_template(
+            list(messages),
+            tools=tools or None,
+            tokenize=False,
+            add_generation_prompt=True,
+            **options,
+        )
         assert isinstance(text, str)
         return text
 
     def answer(self, thinking: bool, tools: bool) -> AnswerStream:
         """A reader of one answer to a prompt."""
         return AnswerStream(self.form if tools else None, thinking)
+
+
+class Arguments(dict[str, Any]):
+    """A call's arguments, which a template that prints them whole writes as JSON."""
+
+    def __str__(self) -> str:
+        return compact(self)
+
+
+def with_printed_arguments(message: Message) -> Message:
+    """The message with every call's arguments as an object that prints as JSON."""
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        {**call, "function": {**function, "arguments": Arguments(function["arguments"])}}
+        for call in message["tool_calls"]
+        for function in (call["function"],)
+    ]
+    return {**message, "tool_calls": calls}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +158,10 @@ class Delta:
 
 
 class AnswerStream:
-    """Text as it comes -> pieces of a message. Marks are never shown, not even half."""
+    """Text as it comes -> pieces of a message. Marks are never shown, not even half.
+
+    Blank text before the first call is no content; it is held back until other text comes.
+    """
 
     def __init__(self, form: Form | None, thinking: bool) -> None:
         self.form = form
@@ -129,6 +169,8 @@ class AnswerStream:
         self.state: Literal["opening", "reasoning", "content", "calls"]
         self.state = "reasoning" if thinking else "opening"
         self.held = ""
+        self.blank = ""  # held back until there is content
+        self.spoken = False
 
     def push(self, text: str) -> Delta:
         """What is certain after more text."""
@@ -152,8 +194,13 @@ class AnswerStream:
                 self.held = ""
             else:
                 content, found, rest = self._until(self.start)
+                if not self.spoken:
+                    content, self.blank = self.blank + content, ""
+                    self.spoken = bool(content.strip())
+                    if not self.spoken:
+                        content, self.blank = "", content
                 if found:
-                    self.state, self.held = "calls", self.start + rest
+                    self.state, self.held = "calls", self.blank + self.start + rest
         return Delta(content, reasoning)
 
     def _until(self, mark: str) -> tuple[str, bool, str]:
@@ -172,8 +219,8 @@ class AnswerStream:
         if self.state == "reasoning":
             return Delta(reasoning=text)
         if self.state != "calls":
-            return Delta(content=text)
-        calls = dsml_calls(text, ended) if self.form == "dsml" else hermes_calls(text)
+            return Delta(content=self.blank + text)
+        calls = (dsml_calls if self.form == "dsml" else hermes_calls)(text, ended)
         if calls is None:
             return Delta(content=text)
         return Delta(tool_calls=calls)
@@ -183,33 +230,51 @@ def dsml_calls(text: str, ended: bool) -> tuple[dict[str, Any], ...] | None:
     """The calls of a DSML block; None where it is broken."""
     try:
         parsed = parse_completion(text + (deepseek_v32.EOS if ended else ""), thinking=False)
-    except CompletionError:
+        calls = [call["function"] for call in parsed.tool_calls]
+        return tuple(called(call["name"], call["arguments"]) for call in calls) or None
+    except (CompletionError, ValueError, RecursionError):
         return None
-    calls = [call["function"] for call in parsed.tool_calls]
-    return tuple(called(call["name"], call["arguments"]) for call in calls) or None
 
 
-def hermes_calls(text: str) -> tuple[dict[str, Any], ...] | None:
-    """The calls of Hermes blocks; None where one is broken or text stands between them."""
-    calls = []
-    for match in HERMES_CALL.finditer(text):
+def hermes_calls(text: str, ended: bool) -> tuple[dict[str, Any], ...] | None:
+    """The calls of Hermes blocks; None where one is broken or text stands between them.
+
+    Of an answer that was cut off (not `ended`) a last call that is not whole is left out.
+    """
+    calls: list[dict[str, Any]] = []
+    at = 0
+    while opening := HERMES_OPEN.match(text, at):
         try:
-            call = json.loads(match[1])
-        except json.JSONDecodeError:
-            return None
-        name, arguments = call.get("name"), call.get("arguments", {})
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except json.JSONDecodeError:
-                return None
-        if not isinstance(name, str) or not isinstance(arguments, dict):
-            return None
-        calls.append(called(name, arguments))
-    return None if not calls or HERMES_CALL.sub("", text).strip() else tuple(calls)
+            call, stop = LENIENT.raw_decode(text, opening.end())
+            closing = HERMES_CLOSE.match(text, stop)
+            if closing is None:
+                break
+            calls.append(hermes_call(call))
+        except (ValueError, RecursionError):
+            break
+        at = closing.end()
+    rest = text[at:]
+    cut = not ended and (rest.startswith(HERMES_START) or HERMES_START.startswith(rest))
+    return tuple(calls) if calls and (cut or not rest) else None
+
+
+def hermes_call(call: Any) -> dict[str, Any]:
+    """A Hermes block's JSON as a call. ValueError where it is none."""
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        raise ValueError("a call without a name")
+    arguments = call.get("arguments")
+    if isinstance(arguments, str):
+        arguments = LENIENT.decode(arguments) if arguments.strip() else None
+    if not isinstance(arguments, dict | None):
+        raise ValueError("arguments that are no object")
+    return called(call["name"], arguments or {})
 
 
 def called(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """A call as OpenAI's clients read it: arguments as JSON text."""
-    function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    """A call as OpenAI's clients read it: arguments as JSON text.
+
+    ValueError or RecursionError for what JSON cannot say: NaN, numbers too large, a deep nesting.
+    """
+    said = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    function = {"name": whole(name), "arguments": whole(said)}
     return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}

@@ -70,13 +70,16 @@ class Engine:
         max_batch: int = MAX_BATCH,
         queue: int = QUEUE,
         cuda_graphs: bool = False,
+        eos: int | None = None,
     ) -> None:
+        """`eos`: the tokenizer's, which ends answers beside the checkpoint's own."""
         self.loaded, self.model = loaded, loaded.model
         self.max_batch = max_batch if can_join(new_cache(self.model)) else 1
         self.queue_size = queue
         self.context = int(loaded.spec.text.get("max_position_embeddings") or 1 << 20)
-        eos = loaded.generation.eos_token_id
-        self.eos = frozenset([eos] if isinstance(eos, int) else eos or ())
+        own = loaded.generation.eos_token_id
+        own = [own] if isinstance(own, int) else own or []
+        self.eos = frozenset(own if eos is None else [*own, eos])
         self.waiting: deque[Request] = deque()
         self.batch: list[Request] = []
         self.cache: Any = None
@@ -127,6 +130,7 @@ class Engine:
     def step(self) -> None:
         """Advance every request by at most one token."""
         with torch.inference_mode():
+            self._drop_cancelled()
             self._drop_ended()
             self._read_prompt()
             if self.batch:
@@ -144,12 +148,13 @@ class Engine:
             self._end(request, "error")
 
     def _read_prompt(self) -> None:
-        """One chunk of the oldest waiting prompt; complete, it joins the batch."""
+        """One chunk of the oldest waiting prompt; complete, it joins the batch.
+
+        It waits until it has joined: should anything raise before, `fail_all` ends it.
+        """
         if len(self.batch) >= self.max_batch:
             return
         with self._lock:
-            while self.waiting and self.waiting[0].cancelled:
-                self._end(self.waiting.popleft(), "cancelled")
             if not self.waiting:
                 return
             request = self.waiting[0]
@@ -162,18 +167,17 @@ class Engine:
         request.read = stop
         if stop < len(request.prompt):
             return
-        with self._lock:
-            self.waiting.popleft()
         cache, request.cache = request.cache, None
         self._take(request, logits[0])
-        if request.reason is not None:
-            return
-        if self.batch:
+        if request.reason is None and self.batch:
             self.graphs.release(self.cache)
             rows_join(self.cache, cache)
-        else:
+        elif request.reason is None:
             self.cache = cache
-        self.batch.append(request)
+        with self._lock:
+            self.waiting.popleft()
+        if request.reason is None:
+            self.batch.append(request)
 
     def _decode(self) -> None:
         """One token for every row."""
@@ -220,7 +224,13 @@ class Engine:
             return
         assert request.sampler is not None
         if token is None:
-            token = request.sampler.choose(logits_V, request.prompt + request.tokens)
+            seen = request.prompt + request.tokens if request.sampler.penalised else []
+            try:
+                token = request.sampler.choose(logits_V, seen)
+            except Exception as error:  # this request fails, the others go on
+                request.error = f"{type(error).__name__}: {error}"
+                self._end(request, "error")
+                return
         if token in self.eos:
             self._end(request, "stop")
             return
@@ -233,6 +243,17 @@ class Engine:
     def _end(self, request: Request, reason: Reason) -> None:
         request.reason, request.cache = reason, None
         request.on_token(None)
+
+    def _drop_cancelled(self) -> None:
+        """Take requests that were given up out of the queue, wherever they stand."""
+        kept: deque[Request] = deque()
+        gone: list[Request] = []
+        with self._lock:
+            for request in self.waiting:
+                (gone if request.cancelled else kept).append(request)
+            self.waiting = kept
+        for request in gone:
+            self._end(request, "cancelled")
 
     def _drop_ended(self) -> None:
         """Take ended and cancelled rows out of the batch."""

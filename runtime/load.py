@@ -216,21 +216,25 @@ def default_sampling(loaded: Loaded) -> Sampling:
     return Sampling(
         temperature=1.0 if config.temperature is None else config.temperature,
         top_p=1.0 if config.top_p is None else config.top_p,
+        top_k=config.top_k or 0,
         min_p=config.min_p or 0.0,
         repetition_penalty=config.repetition_penalty or 1.0,
     )
 
 
 def generation_config(opened: OpenModel) -> GenerationConfig:
-    """generation_config.json, or what config.json says of special tokens."""
+    """generation_config.json; config.json for the special tokens it does not name."""
     root = opened.checkpoint.root
+    config = GenerationConfig()
     if (root / "generation_config.json").is_file():
         try:
-            return GenerationConfig.from_pretrained(root)
+            config = GenerationConfig.from_pretrained(root)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{root}/generation_config.json is refused: {' '.join(str(error).split())}"
             ) from error
-    text = opened.spec.text
-    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return GenerationConfig(**{key: text.get(key) for key in keys})
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for said in (opened.spec.text, opened.spec.config):
+            if getattr(config, key) is None:
+                setattr(config, key, said.get(key))
+    return config

@@ -15,12 +15,13 @@ from typing import Any
 
 from models.errors import InputError
 from runtime.sampling import Sampling
+from runtime.text import whole
 
 # field -> values that ask for nothing
 REFUSED: Mapping[str, tuple[Any, ...]] = {
     "n": (None, 1),
     "best_of": (None, 1),
-    "logprobs": (None, False, 0),
+    "logprobs": (None, False),  # 0 asks for that of the chosen token
     "top_logprobs": (None, 0),
     "echo": (None, False),
     "suffix": (None, ""),
@@ -56,7 +57,8 @@ def read_body(body: object, model: str, *, chat: bool, room: int, defaults: Samp
     if not isinstance(body, dict):
         raise InputError("the body is no JSON object")
     for name, harmless in REFUSED.items():
-        if body.get(name) not in harmless:
+        value = body.get(name)
+        if not any(value == one and type(value) is type(one) for one in harmless):
             raise InputError(f"{name} is not supported here; leave it out")
     wanted = field(body, "model", str, model)
     if wanted != model:
@@ -66,13 +68,14 @@ def read_body(body: object, model: str, *, chat: bool, room: int, defaults: Samp
     limit = field(body, "max_tokens", int, None)
     limit = field(body, "max_completion_tokens", int, limit)
     stop = body.get("stop")
-    stop = [stop] if isinstance(stop, str) else stop or []
+    stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > STOPS or any(type(s) is not str for s in stop):
         raise InputError(f"stop is a text or at most {STOPS} texts")
     sampling = Sampling(
         max_tokens=room if limit is None else limit,
         temperature=number(body, "temperature", defaults.temperature),
         top_p=number(body, "top_p", defaults.top_p),
+        top_k=field(body, "top_k", int, defaults.top_k),
         min_p=number(body, "min_p", defaults.min_p),
         repetition_penalty=number(body, "repetition_penalty", defaults.repetition_penalty),
         stop=tuple(stop),
@@ -124,12 +127,15 @@ def number(body: Mapping[str, Any], name: str, default: float) -> float:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"{name} is {str(value)[:80]!r}, not a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise InputError(f"{name} has too many digits; give a smaller number") from None
 
 
 def error_body(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    """An error as OpenAI's clients read it; it may quote halves of surrogate pairs."""
+    return {"error": {"message": whole(message), "type": kind, "param": None, "code": code}}
 
 
 class Answers:

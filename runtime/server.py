@@ -35,6 +35,7 @@ from runtime.engine import Engine, QueueFullError
 from runtime.engine import Request as Running
 from runtime.openai_bodies import Asked, error_body, read_body
 from runtime.sampling import Sampling
+from runtime.text import prompt_ids
 from runtime.turn import Events, Turn
 
 BODY_BYTES = 16 << 20
@@ -183,7 +184,7 @@ class Service:
             prompt = self.conversations.prompt(asked.messages, asked.tools, asked.template_options)
             return prompt.ids, self.conversations.answer(prompt.thinking, bool(asked.tools))
         if isinstance(asked.prompt, str):
-            ids = list(self.tokenizer(asked.prompt, verbose=False)["input_ids"])
+            ids = prompt_ids(self.tokenizer, asked.prompt)
         else:
             ids = asked.prompt or []
         reader = AnswerStream(None, False)

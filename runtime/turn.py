@@ -57,7 +57,8 @@ class Turn:
         self.engine, self.asked, self.running = engine, asked, running
         self.tokens, self.reader, self.chat = tokens, reader, chat
         # marks of reasoning and calls may be special tokens
-        self.text = TextStream(tokenizer, asked.sampling.stop, special=chat)
+        after = [] if chat else running.prompt
+        self.text = TextStream(tokenizer, asked.sampling.stop, special=chat, after=after)
         self.answers = Answers(name, chat=chat)
         self.called = False
 

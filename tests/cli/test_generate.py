@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 
+import pytest
 import torch
 
 from models.opening import open_model
@@ -58,3 +59,14 @@ def test_chat_answers_each_line() -> None:
 def test_wrong_words() -> None:
     assert_refused(thresher("generate", DEMO, "--prompt", "x", "--top-p", "2"), "--top-p")
     assert_refused(thresher("generate", ROOT, "--prompt", "x"), "tokenizer")
+    assert_refused(thresher("generate", DEMO, "--prompt", "caf\udce9"), "surrogate")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--temperature", "nan"), ("--stop", ""), ("--seed", 1 << 63), ("--repetition-penalty", 1e-9)],
+)
+def test_options_are_read_before_the_model(option: str, value: object) -> None:
+    """A folder without a tokenizer is not even looked at."""
+    done = thresher("generate", ROOT, "--prompt", "x", option, value)
+    assert_refused(done, option.strip("-").replace("-", "_"))

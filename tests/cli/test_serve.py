@@ -215,7 +215,21 @@ def test_fifty_at_once(server: Server) -> None:
         ("completions", {"prompt": []}, 400, "prompt"),
         ("completions", {"prompt": [5] * 5000}, 400, "context"),
         ("completions", {"prompt": "x", "logprobs": 5}, 400, "logprobs"),
+        ("completions", {"prompt": "x", "logprobs": 0}, 400, "logprobs"),
+        ("completions", {"prompt": "x", "stop": 0}, 400, "stop"),
         ("completions", {"prompt": "x", "seed": -4}, 400, "seed"),
+        ("completions", {"prompt": "x", "top_k": -5}, 400, "top_k"),
+        ("completions", {"prompt": "x", "repetition_penalty": 1e-40}, 400, "repetition_penalty"),
+        ("completions", {"prompt": "x", "temperature": 10**400}, 400, "temperature"),
+        ("completions", {"prompt": "a\ud83d"}, 400, "surrogate"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "\ud83d"}]}, 400, "surrog"),
+        ("chat/completions", {"messages": ASKED, "model": "\ud83d"}, 404, "ud83d"),
+        (
+            "chat/completions",
+            {"messages": ASKED, "chat_template_kwargs": {"chat_template": "x"}},
+            400,
+            "chat_template",
+        ),
         ("completions", b"x" * (17 << 20), 413, "larger"),
         ("nowhere", {}, 404, "Not Found"),
     ],
@@ -240,6 +254,19 @@ def test_an_oversize_prompt_by_the_client(server: Server) -> None:
             model="demo", messages=[{"role": "user", "content": "word " * 5000}]
         )
     assert refused.value.code == "context_length_exceeded"
+    server.assert_well()
+
+
+def test_a_temperature_near_zero_is_greedy(server: Server) -> None:
+    """It once hung the client and failed everybody else's answers."""
+
+    def complete(temperature: float) -> str:
+        done = server.client.completions.create(
+            model="demo", prompt="x", max_tokens=4, temperature=temperature
+        )
+        return done.choices[0].text
+
+    assert complete(1e-40) == complete(0)
     server.assert_well()
 
 
