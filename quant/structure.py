@@ -23,7 +23,7 @@ from models.source_formats import FP4_BLOCK, Source, quantization_config
 from models.stored_parts import Format
 from quant.export import Layout, stored
 from quant.fused import fused_sets
-from quant.linears import Linear, find_linears, head_module
+from quant.linears import find_linears, head_module
 from quant.recipe_files import GROUP_FIELDS, scheme_from, validated_group
 from quant.schemes import Scheme
 from quant.stored import StoredMatrix, StoredModel
@@ -318,23 +318,25 @@ def check_config(
     modules = {linear.module for linear in linears}
     for module in sorted(model.matrices.keys() - modules):
         yield f"{module} is quantized and no matrix of a {spec.architecture.title} model"
+    head = head_module(spec, {**model.plain, **{f"{m}.weight": 0 for m in model.matrices}})
+    # publishers may name a wrapped model's head without its wrapper (Kimi-K2.5)
+    names = {head} if ours else {head, head.rpartition(".")[2]}
+    head_ignored = any(groups.ignored(name) for name in names)
     for linear in linears:
         found = groups.groups_of(linear.module)
-        ignored = groups.ignored(linear.module)
+        ignored = groups.ignored(linear.module) or (linear.module == head and head_ignored)
         if linear.module in model.matrices:
             if ignored or len(found) != 1:
                 how = "ignored" if ignored else f"targeted by {len(found)} groups"
                 yield f"{linear.module} is quantized, config.json has it {how}"
         elif found and not ignored and (ours or linear.place.kind not in ("router", "vision")):
             yield f"{linear.module} is not quantized, config.json targets it and does not ignore it"
-    head = head_module(spec, {**model.plain, **{f"{m}.weight": 0 for m in model.matrices}})
-    if head not in model.matrices and groups.groups_of(head) and not groups.ignored(head):
+    if head not in model.matrices and groups.groups_of(head) and not head_ignored:
         yield f"{head} is not quantized and not in config.json's ignore"
-    yield from _unmatched(groups, linears, head)
+    yield from _unmatched(groups, modules | names)
 
 
-def _unmatched(groups: ConfigGroups, linears: Sequence[Linear], head: str) -> Iterator[str]:
-    modules = {linear.module for linear in linears} | {head}
+def _unmatched(groups: ConfigGroups, modules: set[str]) -> Iterator[str]:
     for entry in sorted(groups.ignored_paths - modules):
         if "." in entry or entry == "lm_head":  # others may be class names
             yield f"config.json ignores {entry}, which is no matrix of the checkpoint"

@@ -1,7 +1,7 @@
 """Which tensors a source tensor becomes in the quantized checkpoint, planned and made.
 
 - a quantized matrix: the tensors of its scheme (`module.weight_packed`, ...)
-- FP8 blocks asked for as FP8_BLOCK: the very bytes, the scales under their new name
+- FP8 blocks asked for as FP8_BLOCK: the very codes, the scales under their new name in float32
 - a plain tensor that stays: its bytes
 - a tensor that stays but was stored quantized: decoded to the compute type, because one
   checkpoint has one quant_method
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from models.checkpoint import TensorInfo
+from models.dequantize import float_scales
 from models.source_formats import Source
 from models.writer import OutputTensor, copied
 from quant.export import Layout, store, stored
@@ -23,6 +24,8 @@ from quant.linears import Linear
 from quant.nvfp4 import global_divisor
 from quant.output import SAFETENSORS_DTYPES, Computed, Planned, output_of
 from quant.schemes import FP8_BLOCK_SIDE, Scheme
+
+EXACT_SCALES = ("F32", "BF16", "F16", "F8_E8M0")  # scales of FP8 blocks that float32 holds exactly
 
 
 class OutputTensors:
@@ -43,7 +46,7 @@ class OutputTensors:
                 self.linears.setdefault(linear.logical, []).append(linear)
 
     def _copied_parts(self, logical: str) -> tuple[TensorInfo, TensorInfo] | None:
-        """(codes, scales) of FP8 blocks that become FP8_BLOCK byte for byte; else None."""
+        """(codes, scales) of FP8 blocks whose codes FP8_BLOCK keeps; else None."""
         linears = self.linears[logical]
         scheme = self.schemes[linears[0].module]
         assert scheme is not None
@@ -52,10 +55,9 @@ class OutputTensors:
             return None
         if self.source.format(logical) != "fp8_block" or block != [FP8_BLOCK_SIDE] * 2:
             return None
-        parts = {info.dtype: info for info in self.source.parts(logical)}
-        if set(parts) != {"F8_E4M3", "F32"}:
-            return None
-        return parts["F8_E4M3"], parts["F32"]
+        codes = [info for info in self.source.parts(logical) if info.dtype == "F8_E4M3"]
+        scales = [info for info in self.source.parts(logical) if info.dtype in EXACT_SCALES]
+        return (codes[0], scales[0]) if len(codes) == len(scales) == 1 else None
 
     def planned(self, logical: str) -> Iterator[Planned]:
         """Names, types and shapes, before anything is computed."""
@@ -85,7 +87,11 @@ class OutputTensors:
         if parts is not None:
             module = self.linears[logical][0].module
             yield copied(parts[0], f"{module}.weight")
-            yield copied(parts[1], f"{module}.weight_scale")
+            if parts[1].dtype == "F32":
+                yield copied(parts[1], f"{module}.weight_scale")
+            else:
+                scale = float_scales(self.source.checkpoint.read(parts[1].name))
+                yield output_of(f"{module}.weight_scale", scale)
             return
         for linear in self.linears[logical]:
             scheme = self.schemes[linear.module]

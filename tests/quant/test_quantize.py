@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from calibration.tokens import TokenSet
@@ -206,6 +206,27 @@ WIDE = {
     "hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 128, "v_head_dim": 16,
     "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e8m0fnu])
+def test_fp8_blocks_with_other_scales_keep_their_codes(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = tiny_model(
+        "qwen3_moe", tmp_path / "model", dtype="bfloat16", fp8=True, hidden_size=128, shards=1,
+        moe_intermediate_size=128, intermediate_size=128, head_dim=32,
+    )  # fmt: skip
+    tensors = tensors_of(model)
+    for name in tensors:
+        if name.endswith("weight_scale_inv"):
+            tensors[name] = tensors[name].log2().ceil().exp2().to(dtype)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    run(model, tmp_path / "out", "FP8_BLOCK", "rtn")
+    written, source = open_model(tmp_path / "out").source, open_model(model).source
+    blocks = [name for name in source.names() if source.format(name) == "fp8_block"]
+    assert blocks
+    for name in blocks:
+        wanted = source.read(name, torch.float32)
+        assert torch.equal(written.read(name, torch.float32), wanted), name
+    assert verify_checkpoint(tmp_path / "out", model).ok
 
 
 class Killed(Exception):

@@ -263,8 +263,7 @@ def test_exports_pass_too(layout: Layout, scheme: Scheme, source: Path, tmp_path
     assert any(says in finding for finding in findings), findings
 
 
-# kimi_k25's imitated config leaves `lm_head` alone and has `language_model.lm_head`
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "kimi_k25"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_passes_as_it_is_published(family: str, tmp_path: Path) -> None:
     assert verify_checkpoint(tiny_model(family, tmp_path)).findings == []
 
