@@ -49,9 +49,17 @@ def user_and_assistant(user: str, assistant: str) -> Sample:
     )
 
 
+class Arguments(dict[str, Any]):
+    """A call's arguments, which a template that prints them whole writes as JSON."""
+
+    def __str__(self) -> str:
+        return compact(self)
+
+
 def tool_call(call_id: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """One entry of an assistant message's `tool_calls`."""
-    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+    function = {"name": name, "arguments": Arguments(arguments)}
+    return {"id": call_id, "type": "function", "function": function}
 
 
 # ---- messages as they come -> messages as we speak them ------------------------------------------

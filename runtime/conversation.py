@@ -28,7 +28,6 @@ from calibration.messages import (
     Sample,
     SampleError,
     Tool,
-    compact,
     normalised_message,
     normalised_tool,
 )
@@ -102,7 +101,7 @@ class Conversations:
             options.pop(name, None)
         try:
             try:
-                return self._templated(map(with_printed_arguments, messages), tools, options)
+                return self._templated(messages, tools, options)
             except TypeError:  # the template joins arguments to text, as OpenAI's are
                 return self._templated(map(with_text_arguments, messages), tools, options)
         except (TemplateError, *TEMPLATE_BUGS) as error:
@@ -127,25 +126,6 @@ class Conversations:
     def answer(self, thinking: bool, tools: bool) -> AnswerStream:
         """A reader of one answer to a prompt."""
         return AnswerStream(self.form if tools else None, thinking)
-
-
-class Arguments(dict[str, Any]):
-    """A call's arguments, which a template that prints them whole writes as JSON."""
-
-    def __str__(self) -> str:
-        return compact(self)
-
-
-def with_printed_arguments(message: Message) -> Message:
-    """The message with every call's arguments as an object that prints as JSON."""
-    if "tool_calls" not in message:
-        return message
-    calls = [
-        {**call, "function": {**function, "arguments": Arguments(function["arguments"])}}
-        for call in message["tool_calls"]
-        for function in (call["function"],)
-    ]
-    return {**message, "tool_calls": calls}
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,6 +137,17 @@ def test_too_deep_a_nesting_is_a_reason(wrap: Wrap) -> None:
             render(wrap(template), Sample(messages=(message,)))
 
 
+def test_a_template_that_prints_arguments_prints_json(wrap: Wrap) -> None:
+    template = """{% for m in messages %}{{ m.content }}{% for call in m.tool_calls or [] %}
+{{ call.function.name }}|{{ call.function.arguments }}{% endfor %}
+{% endfor %}{{ tools | tojson }}"""
+    call = {"name": "get_weather", "arguments": {"city": "Köln", "now": True}}
+    message = normalised_message({"role": "assistant", "tool_calls": [call]})
+    text, rendering = render(wrap(template), Sample(messages=(message,)))
+    assert rendering == "template"
+    assert 'get_weather|{"city": "Köln", "now": true}' in text
+
+
 def test_template_gets_arguments_as_an_object(wrap: Wrap) -> None:
     text, _ = render(wrap(CHATML), CONVERSATION)
     line = next(line for line in text.split("\n") if line.startswith("<tool_call>"))
