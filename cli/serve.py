@@ -85,7 +85,8 @@ def serve(
 def listening(host: str, port: int) -> socket.socket:
     """The socket, taken before the weights are read: a port in use is told at once."""
     try:
-        return socket.create_server((host, port), backlog=2048)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise InputError(
             f"cannot listen on {host}:{port} ({error.strerror}); use another --port or --host"
@@ -98,7 +99,8 @@ def run(service: Service, listener: socket.socket) -> None:
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     host, port = listener.getsockname()[:2]
-    click.echo(f"serving {service.name} on http://{host}:{port}/v1", err=True)
+    shown = f"[{host}]" if ":" in host else host
+    click.echo(f"serving {service.name} on http://{shown}:{port}/v1", err=True)
     config = uvicorn.Config(
         service.app(),
         log_config=None,

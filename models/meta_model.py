@@ -6,10 +6,14 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from models.errors import InputError
 from models.model_spec import ModelSpec
+
+# what transformers' config classes and models raise on values they were not written for
+REFUSALS = (ValueError, TypeError, KeyError, AttributeError)
 
 
 def empty(module: nn.Module) -> None:
@@ -40,7 +44,7 @@ def meta_model(spec: ModelSpec, dtype: torch.dtype, attention: str | None) -> An
             model = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
             )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (*REFUSALS, StrictDataclassError) as error:
         raise InputError(
             f"transformers {transformers.__version__} refuses config.json as "
             f"{arch.transformers_type}: {' '.join(str(error).split())}"

@@ -132,7 +132,8 @@ def test_what_quantize_will_refuse_is_said(
 @pytest.mark.parametrize(
     ("key", "value"),
     [("n_group", "a"), ("n_group", [4]), ("num_nextn_predict_layers", "x"),
-     ("num_nextn_predict_layers", -1), ("hidden_size", 0), ("vocab_size", None)],
+     ("num_nextn_predict_layers", -1), ("hidden_size", 0), ("vocab_size", None),
+     ("rope_parameters", "x")],
 )  # fmt: skip
 def test_counts_that_are_none(
     key: str, value: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]

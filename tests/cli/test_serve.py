@@ -323,6 +323,17 @@ def test_a_full_queue_refuses_and_recovers() -> None:
     assert "Traceback" not in said
 
 
+def test_an_address_of_the_newer_kind() -> None:
+    from cli.serve import listening
+
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with listening("::1", 0) as listener:
+        assert listener.family == socket.AF_INET6
+
+
 def test_a_port_in_use_is_told_before_loading() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
