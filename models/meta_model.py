@@ -11,6 +11,7 @@ from torch import nn
 from models.errors import InputError
 from models.model_spec import ModelSpec
 
+
 def empty(module: nn.Module) -> None:
     """Send parameters and stored buffers of a module back to the meta device."""
     for owner in module.modules():
