@@ -20,10 +20,9 @@ from cli.options import (
 from cli.progress import shown
 from cli.token_sets import token_set
 from models.errors import InputError
-from models.progress import Progress, Step
 
 if TYPE_CHECKING:
-    from calibration.tokens import TokenSet
+    from calibration.mixes import Mix
 
 
 @click.command("eval")
@@ -170,18 +169,14 @@ def evaluate(
         result: dict[str, Any] = {}
         if given:
             used = processes.from_first(
-                lambda: (
-                    text_tokens(ckpt, text, samples, max_length, seed, progress)
-                    if text is not None
-                    else token_set(
-                        ckpt,
-                        tokens=tokens,
-                        mix=mix,
-                        samples=samples,
-                        max_length=max_length,
-                        seed=seed,
-                        progress=progress,
-                    )
+                lambda: token_set(
+                    ckpt,
+                    tokens=tokens,
+                    mix=mix if text is None else text_mix(text),
+                    samples=samples,
+                    max_length=max_length,
+                    seed=seed,
+                    progress=progress,
                 )
             )
             result = evaluate_fidelity(
@@ -217,28 +212,14 @@ def evaluate(
     click.echo(json.dumps(result) if as_json else "\n".join(text_lines))
 
 
-def text_tokens(
-    ckpt: str,
-    text: Path,
-    samples: int | None,
-    max_length: int | None,
-    seed: int,
-    progress: Progress,
-) -> TokenSet:
-    """The token set of a file's rows; its path is no spec of a mix and may hold any character."""
-    from calibration.chat import load_tokenizer
+def text_mix(text: Path) -> Mix:
+    """The mix of one file; its path is no spec of a mix and may hold any character."""
     from calibration.datasets import LOCAL_SUFFIXES, is_local_file
     from calibration.mixes import Mix, components_of
-    from calibration.tokens import build_token_set
 
     if not is_local_file(str(text)):
         raise InputError(f"--text: {text} is no row file; give {', '.join(LOCAL_SUFFIXES)}")
-
-    def made(done: int) -> None:
-        progress(Step(job="tokens", done=done, total=max(done, samples or 0), unit="samples"))
-
-    mix = Mix(name=str(text), components=tuple(components_of(str(text), None, None, None)))
-    return build_token_set(load_tokenizer(ckpt), mix, samples, max_length, seed, made)
+    return Mix(name=str(text), components=tuple(components_of(str(text), None, None, None)))
 
 
 def task_line(task: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from models.errors import InputError
 from models.progress import Progress, Step, silent
 
 if TYPE_CHECKING:
+    from calibration.mixes import Mix
     from calibration.tokens import Drawing, TokenSet
     from calibration.truncation import Truncation
 
@@ -17,7 +18,7 @@ def token_set(
     model: str,
     *,
     tokens: Path | None,
-    mix: str | None,
+    mix: str | Mix | None,
     samples: int | None,
     max_length: int | None,
     seed: int,
@@ -44,14 +45,15 @@ def token_set(
 
 
 def built_from_mix(
-    model: str, mix: str, drawing: Drawing, progress: Progress = silent
+    model: str, mix: str | Mix, drawing: Drawing, progress: Progress = silent
 ) -> tuple[TokenSet, TokenSet | None, Any]:
     """The token set of a mix, the held-out one if it is asked for, and the model's tokenizer."""
     from calibration.chat import load_tokenizer
     from calibration.mixes import parse_mix
     from calibration.tokens import build_token_sets
 
-    parsed = parse_mix(mix)  # before the tokenizer: a misspelt mix is refused at once
+    # before the tokenizer: a misspelt mix is refused at once
+    parsed = parse_mix(mix) if isinstance(mix, str) else mix
     wanted = sum(rows or 0 for rows in parsed.rows(drawing.samples)) + (drawing.holdout or 0)
 
     def made(done: int) -> None:
