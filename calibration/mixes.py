@@ -42,7 +42,7 @@ from models.errors import InputError
 Balance = Literal["rows", "tokens", "domains"]
 
 DEFAULT_MAX_LENGTH = 2048
-ALL = "all"  # stands for every domain in reports, --weights and --protect
+ALL = "all"  # stands for every domain: in reports, --weights, --protect
 MAX_DOMAINS = 255  # domain is uint8 and 255 marks padding
 
 COMPONENT = re.compile(

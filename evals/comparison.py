@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from calibration.mixes import ALL
 from evals.intervals import interval_of, paired_interval
 from evals.tally import perplexities
 from models.errors import InputError
@@ -33,7 +34,6 @@ SAMPLE_FIGURES: dict[str, Figure] = {
 }
 ITEM_FIGURES: dict[str, Figure] = {"score": ("score", "weight", np.asarray)}
 TO_REFERENCE = ("kl", "top1_agreement")
-TOTAL = "all"
 NO_LOSS = "there is no loss to share out: evaluate both models with --reference, the original"
 
 
@@ -140,12 +140,12 @@ def groups_of(run: Run) -> dict[str, list[str]]:
         domains.setdefault(str(row.get("domain", "")), []).append(key)
     if len(domains) == 1:
         domains = {}
-    if TOTAL in domains:
+    if ALL in domains:
         raise InputError(
-            f"{run.path} has a domain named `{TOTAL}`, as the total is; name it otherwise in the "
+            f"{run.path} has a domain named `{ALL}`, as the total is; name it otherwise in the "
             "mix and evaluate again"
         )
-    return {TOTAL: list(run.rows), **domains}
+    return {ALL: list(run.rows), **domains}
 
 
 def shares_of_loss(first: Run, second: Run) -> dict[str, dict[str, Any]]:

@@ -29,10 +29,10 @@ import torch
 
 from calibration.batches import BATCH_TOKENS, Batch
 from calibration.hidden_states import HiddenStates
+from calibration.mixes import ALL
 from calibration.resume import walk_layers
 from calibration.stream import LayerWalk
 from calibration.tokens import TokenSet
-from evals.comparison import TOTAL
 from evals.tally import Tally
 from models.errors import InputError
 from models.journal import json_bytes, refuse_itself
@@ -185,9 +185,9 @@ def check_fit(opened: Mapping[str, OpenModel], tokens: TokenSet) -> None:
     """InputError unless the models share a vocabulary that the tokens fit."""
     if sum(tokens.lengths()) == len(tokens.lengths()):
         raise InputError("every sample of the token set has one token; nothing can be predicted")
-    if len(tokens.domains) > 1 and TOTAL in tokens.domains:
+    if len(tokens.domains) > 1 and ALL in tokens.domains:
         raise InputError(
-            f"a domain of the tokens is named `{TOTAL}`, as the total is; name it otherwise in the "
+            f"a domain of the tokens is named `{ALL}`, as the total is; name it otherwise in the "
             "mix and make them again"
         )
     sizes = {name: vocabulary_size(one) for name, one in opened.items()}

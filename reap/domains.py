@@ -19,12 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 
+from calibration.mixes import ALL
 from models.errors import InputError
 from reap.criteria import score_experts
 from reap.ranking import best_experts
 from reap.stats import SaliencyStats
-
-ALL = "all"  # stands for every domain
 
 
 def all_weights(domains: tuple[str, ...], asked: Mapping[str, float]) -> dict[str, float]:
