@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     heldout = sample(args.model, "heldout", 12, 0)
     other = sample(args.model, "heldout", 4, 1)
     found: dict[str, Any] = {}
-    for seed in range(args.seeds):
+    for seed in args.draws:
         folder = scored(args, seed)
         for share in SHARES:
             began = time.monotonic()
@@ -122,10 +122,10 @@ def mean_and_width(values: list[float], digits: int = 3) -> str:
     return f"{mean:.{digits}f} ± {width:.{digits}f}"
 
 
-def table(found: dict[str, Any], seeds: int) -> str:
+def table(found: dict[str, Any], draws: list[int]) -> str:
     lines = []
     for share in SHARES:
-        runs = [found[f"{seed} {share}"] for seed in range(seeds)]
+        runs = [found[f"{seed} {share}"] for seed in draws]
         reference = runs[0]["reap"]
         first = ", ".join(
             f"{d} {reference['by_domain'][d]['reference']['perplexity']:.2f}" for d in DOMAINS
@@ -313,7 +313,7 @@ def main() -> None:
         return
     found = run(args)
     (args.out / "results.json").write_text(json.dumps(found, indent=1))
-    print(table(found, args.seeds))
+    print(table(found, args.draws))
 
 
 if __name__ == "__main__":
