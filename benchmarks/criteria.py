@@ -1,13 +1,13 @@
 """Every criterion's pruned model against the original: docs/results-criteria.md.
 
-    python -m benchmarks.criteria MODEL OUT [--seeds 3]
+    python -m benchmarks.criteria MODEL OUT [--seeds 3] [--samples 20]
     python -m benchmarks.criteria MODEL OUT --scheme W3A16 [--criteria reap,output-error:down+up]
     python -m benchmarks.criteria MODEL OUT --repairs scales,down,scales+down [--shares 0.5]
                                             [--repair-samples 20] [--draws 0,1,2]
 
 For each seed a calibration sample of the offline mix (20 samples of each domain, up to 512 tokens,
-as `thresher demo`), one scoring pass with damage statistics, and for 25 % and 50 % of the experts
-removed the plan of every criterion. Pruned models are judged unwritten, on 12 held-out samples of
+as `thresher demo`; --samples), one scoring pass with damage statistics, and for 25 % and 50 % of the
+experts removed the plan of every criterion. Pruned models are judged unwritten, on 12 held-out samples of
 each domain: perplexity and KL by domain. `auto` judges on 4 other samples of each domain. The
 table gives the mean over seeds and the half-width of its 95 % interval (t, n - 1 degrees).
 
@@ -155,7 +155,7 @@ def scored(args: argparse.Namespace, seed: int) -> Path:
     settings = ScoreSettings(
         batch_tokens=BATCH_TOKENS, damage_tokens=SAMPLED_TOKENS, dtype=args.dtype
     )
-    score(args.model, sample(args.model, "train", 20, seed), folder, settings)
+    score(args.model, sample(args.model, "train", args.samples, seed), folder, settings)
     return folder
 
 
@@ -202,7 +202,7 @@ def quantized(args: argparse.Namespace) -> str:
 def quantized_draw(args: argparse.Namespace, seed: int) -> dict[str, float]:
     """KL by model of one draw. A name is a criterion, or one and its repairs: CRITERION:KINDS."""
     opened, heldout = open_model(args.model), sample(args.model, "heldout", 12, 0)
-    tokens, folder = sample(args.model, "train", 20, seed), scored(args, seed)
+    tokens, folder = sample(args.model, "train", args.samples, seed), scored(args, seed)
     whole = args.out / f"whole-{seed}-{args.scheme}"
     rounded_to(args, args.model, whole, tokens)
     models: dict[str, Any] = {"nothing pruned": whole}
@@ -295,6 +295,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--scheme")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--criteria", default="reap,output-error")
