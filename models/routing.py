@@ -33,7 +33,8 @@ from models.model_spec import ModelSpec
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
 # Tokens whose experts the law must reproduce: near-ties of bfloat16 logits differ in float32.
 LEAST_AGREEMENT = 0.9
-SCREENING_ROWS = 256  # on which a law must come near that, before it is tried on all
+SCREENING_ROWS = 128  # on which a law must come near that, before it is tried on more
+FITTED_ROWS = 512
 MOST_WEIGHT_ERROR = 0.02  # relative, in the median: bfloat16 weights are rounded by up to 0.004
 
 
@@ -65,10 +66,10 @@ class RoutingLaw:
             return logits_NE.sigmoid()
         return F.softplus(logits_NE).sqrt()
 
-    def route(
+    def chosen(
         self, logits_NE: torch.Tensor, bias_E: torch.Tensor, kept: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Expert ids int64 [N, K] and weights float32 [N, K] when only `kept` is left.
+        """Expert ids int64 [N, K] and their p, float32 [N, K], when only `kept` is left.
 
         `kept` is bool [E], or [N, E] for a set of its own in every row; it holds at least K
         experts (in the groups a row can reach).
@@ -78,14 +79,24 @@ class RoutingLaw:
         if self.num_groups > 1:
             grouped = choice_NE.unflatten(-1, (self.num_groups, -1))
             best = grouped.topk(self.group_top, dim=-1).values.sum(-1)
-            chosen = best.topk(self.topk_groups, dim=-1).indices
-            reached = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, chosen, True)
+            groups = best.topk(self.topk_groups, dim=-1).indices
+            reached = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, groups, True)
             choice_NE = grouped.masked_fill(~reached.unsqueeze(-1), float("-inf")).flatten(-2)
         ids_NK = choice_NE.topk(self.top_k, dim=-1).indices
-        weights_NK = p_NE.gather(-1, ids_NK)
+        return ids_NK, p_NE.gather(-1, ids_NK)
+
+    def weights(self, p_NK: torch.Tensor) -> torch.Tensor:
+        """What the outputs of the experts chosen with these p are multiplied by."""
         if self.normalises:
-            weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True).clamp_min(1e-20)
-        return ids_NK, weights_NK * self.scale
+            p_NK = p_NK / p_NK.sum(-1, keepdim=True).clamp_min(1e-20)
+        return p_NK * self.scale
+
+    def route(
+        self, logits_NE: torch.Tensor, bias_E: torch.Tensor, kept: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Expert ids int64 [N, K] and weights float32 [N, K] of `chosen`'s arguments."""
+        ids_NK, p_NK = self.chosen(logits_NE, bias_E, kept)
+        return ids_NK, self.weights(p_NK)
 
 
 def law_from_json(content: Mapping[str, Any]) -> RoutingLaw:
@@ -103,45 +114,71 @@ def best_fit(
     not chosen. None when no law fits.
     """
     found: list[tuple[float, float, int, RoutingLaw]] = []
-    some = slice(None, None, max(1, len(weights_NE) // SCREENING_ROWS))
     for number, (logits_NE, bias_E) in enumerate(inputs):
         for score in get_args(Score):
-            for normalises in (True, False):
-                law = RoutingLaw(
-                    score=score,
-                    normalises=normalises,
-                    scale=1.0,
-                    top_k=spec.top_k,
-                    num_groups=spec.num_groups,
-                    topk_groups=spec.topk_groups if spec.num_groups > 1 else 1,
-                    group_top=spec.architecture.moe.group_top,
-                )
-                _, agreement, error = fit(law, logits_NE[some], bias_E, weights_NE[some])
-                if agreement < LEAST_AGREEMENT / 2 or error > 4 * MOST_WEIGHT_ERROR:
-                    continue  # far off: not worth all rows
-                scale, agreement, error = fit(law, logits_NE, bias_E, weights_NE)
-                if agreement >= LEAST_AGREEMENT and error <= MOST_WEIGHT_ERROR:
-                    fitted = replace(law, scale=scale)
-                    found.append((round(agreement, 2), -error, number, fitted))
+            law = RoutingLaw(
+                score=score,
+                normalises=False,
+                scale=1.0,
+                top_k=spec.top_k,
+                num_groups=spec.num_groups,
+                topk_groups=spec.topk_groups if spec.num_groups > 1 else 1,
+                group_top=spec.architecture.moe.group_top,
+            )
+            screened = fits(law, logits_NE, bias_E, weights_NE, SCREENING_ROWS)
+            if all(far_off(one) for one in screened):
+                continue  # not worth more rows
+            found += [
+                (round(fitted.agreement, 2), -fitted.error, number, fitted.law)
+                for fitted in fits(law, logits_NE, bias_E, weights_NE, FITTED_ROWS)
+                if fitted.agreement >= LEAST_AGREEMENT and fitted.error <= MOST_WEIGHT_ERROR
+            ]
     if not found:
         return None
     return max(found, key=lambda entry: entry[:2])[2:]
 
 
-def fit(
-    law: RoutingLaw, logits_NE: torch.Tensor, bias_E: torch.Tensor, weights_NE: torch.Tensor
-) -> tuple[float, float, float]:
-    """(scale, share of rows with the same experts, median relative error of their weights) where
-    `law` routes the rows."""
-    ids_NK, found_NK = law.route(logits_NE, bias_E, torch.ones_like(bias_E, dtype=torch.bool))
-    same_N = (weights_NE.gather(1, ids_NK) != 0).all(1) & (
-        (weights_NE != 0).sum(1) == ids_NK.shape[1]
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A law, the share of rows where it gives the same experts, and how far their weights are."""
+
+    law: RoutingLaw
+    agreement: float
+    error: float  # relative
+
+
+def far_off(fit: Fit) -> bool:
+    """Whether more rows would not help it."""
+    return fit.agreement < LEAST_AGREEMENT / 2 or fit.error > 4 * MOST_WEIGHT_ERROR
+
+
+def fits(
+    law: RoutingLaw,
+    logits_NE: torch.Tensor,
+    bias_E: torch.Tensor,
+    weights_NE: torch.Tensor,
+    rows: int,
+) -> tuple[Fit, Fit]:
+    """How `law`, normalising and not, with the scale found, gives the weights of `rows` of the
+    rows, spread evenly."""
+    some = slice(None, None, max(1, len(weights_NE) // rows))
+    logits_NE, weights_NE = logits_NE[some], weights_NE[some]
+    ids_NK, p_NK = law.chosen(logits_NE, bias_E, torch.ones_like(bias_E, dtype=torch.bool))
+    given_NK = weights_NE.gather(1, ids_NK)
+    same_N = (given_NK != 0).all(1) & ((weights_NE != 0).sum(1) == law.top_k)
+    one, two = (
+        _fit(replace(law, normalises=normalises), p_NK, given_NK, same_N)
+        for normalises in (True, False)
     )
+    return one, two
+
+
+def _fit(law: RoutingLaw, p_NK: torch.Tensor, given_NK: torch.Tensor, same_N: torch.Tensor) -> Fit:
     if not same_N.any():
-        return 1.0, 0.0, float("inf")
-    wanted, found = weights_NE.gather(1, ids_NK)[same_N], found_NK[same_N]
+        return Fit(law, 0.0, float("inf"))
+    wanted, found = given_NK[same_N], law.weights(p_NK[same_N])
     scale = float((wanted / found).median())
-    error = float(((found * scale - wanted).abs() / wanted.abs()).median())
+    off = (found * scale - wanted).abs() / wanted.abs()
     # a weight that is a power of another score has an error spread over rows, not in the median
-    spread = float(((found * scale - wanted).abs() / wanted.abs()).quantile(0.9))
-    return scale, float(same_N.float().mean()), max(error, spread / 2)
+    error = max(float(off.median()), float(off.quantile(0.9)) / 2)
+    return Fit(replace(law, scale=scale), float(same_N.float().mean()), error)
