@@ -50,6 +50,7 @@ class Request:
     reason: Reason | None = None
     error: str = ""
     cancelled: bool = False
+    begun: bool = False  # its prompt is being read, or was
     sampler: Sampler | None = None
     cache: Any = None  # while the prompt is being read
     read: int = 0
@@ -158,6 +159,7 @@ class Engine:
             if not self.waiting:
                 return
             request = self.waiting[0]
+        request.begun = True
         if request.cache is None:
             request.cache = new_cache(self.model)
         stop = min(request.read + PREFILL_TOKENS, len(request.prompt))
