@@ -226,9 +226,8 @@ class Engine:
             return
         assert request.sampler is not None
         if token is None:
-            seen = request.prompt + request.tokens if request.sampler.penalised else []
             try:
-                token = request.sampler.choose(logits_V, seen)
+                token = request.sampler.choose(logits_V, request.tokens[-1:] or request.prompt)
             except Exception as error:  # this request fails, the others go on
                 request.error = f"{type(error).__name__}: {error}"
                 self._end(request, "error")
