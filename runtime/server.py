@@ -39,8 +39,8 @@ from runtime.text import prompt_ids
 from runtime.turn import Events, Turn
 
 BODY_BYTES = 16 << 20
-STEP_SECONDS = 5  # that the engine's last step may take when all answers have ended
-STOPPING = "the server is shutting down; ask again in a moment, or another one"
+STEP_SECONDS = 2  # that the engine's last step may take when all answers have ended
+STOPPING = "the server is shutting down; send the request again"
 log = logging.getLogger("thresher.server")
 
 
@@ -135,8 +135,8 @@ class Service:
 
     @property
     def num_open(self) -> int:
-        """Answers that are being written, or are to be."""
-        return len(self.turns)
+        """Answers that are being written and not refused yet."""
+        return sum(not turn.refusal for turn in self.turns)
 
     def close(self) -> None:
         """Take nothing new, and refuse what has not begun."""

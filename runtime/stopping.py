@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from runtime.server import Service
 
-LAST_SECONDS = 5  # for last words to clients that read slowly, or not at all
+LAST_SECONDS = 2  # for last words to clients that read slowly, or not at all
 log = logging.getLogger("thresher.server")
 
 
@@ -54,7 +54,7 @@ class Server(uvicorn.Server):
         self.service.close()
         if writing := self.service.num_open:
             log.warning(
-                "stopping: %d answers have %g seconds to end; a second signal ends them at once",
+                "stopping: answers under way (%d) have %g seconds; a second signal ends them",
                 writing,
                 self.grace,
             )

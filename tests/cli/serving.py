@@ -41,7 +41,7 @@ class Server:
         self.wait_until_idle()
 
     def ended(self, seconds: float = 30) -> int:
-        """The exit status once it has ended; it may have said what it likes but a traceback."""
+        """The exit status once it has ended, of itself and without a traceback."""
         _, said = self.process.communicate(timeout=seconds)
         assert "Traceback" not in said
         return self.process.returncode
