@@ -98,7 +98,7 @@ def compress(
         from models.families import spec_of
         from models.opening import open_model
         from quant.quantize import quantize
-        from quant.quantize_plan import QuantizeSettings
+        from quant.quantize_plan import QuantizeSettings, meet
         from quant.verify import verify_checkpoint
         from reap.criteria import AUTO, check_criterion
         from reap.quotas import resolve_keep
@@ -126,6 +126,8 @@ def compress(
         menu = None
         if isinstance(asked, Budget):
             menu = checked_menu(pruned, asked, settings, processes)
+        else:
+            meet(pruned, asked)
         used = processes.from_first(
             lambda: token_set(
                 model,

@@ -101,7 +101,7 @@ def quantize(
     ):
         from models.opening import open_model
         from quant.quantize import quantize as quantize_model
-        from quant.quantize_plan import QuantizeSettings
+        from quant.quantize_plan import QuantizeSettings, meet
         from quant.verify import verify_checkpoint
         from quant.whole_model import quantize_whole
 
@@ -129,6 +129,8 @@ def quantize(
         menu = None
         if isinstance(asked, Budget):
             menu = checked_menu(opened, asked, settings, processes)
+        else:
+            meet(opened, asked)
         used = None
         if tokens is not None or mix is not None:
             used = processes.from_first(

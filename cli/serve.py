@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +19,7 @@ from models.errors import InputError
 if TYPE_CHECKING:
     from runtime.server import Service
 
-SHUTDOWN_SECONDS = 10  # for answers that are being written when the server is told to stop
-
+GRACE_SECONDS = 25  # Kubernetes kills after 30
 
 server_options = together(
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
@@ -30,6 +31,8 @@ server_options = together(
                  metavar="N", help="Requests that are written at once."),
     click.option("--queue", type=click.IntRange(min=1), default=256, show_default=True,
                  metavar="N", help="Requests that may wait; more are answered 429."),
+    click.option("--grace", type=click.IntRange(min=0), default=GRACE_SECONDS, show_default=True,
+                 metavar="SECONDS", help="Time for answers under way after SIGTERM or Ctrl-C."),
 )  # fmt: skip
 
 
@@ -45,6 +48,7 @@ def serve(
     name: str | None,
     max_batch: int,
     queue: int,
+    grace: int,
     device: str,
     dtype: str,
     backend: str,
@@ -79,7 +83,7 @@ def serve(
             if not quiet:
                 for line in engine_lines(ckpt):
                     click.echo(line, err=True)
-            run(service, listener)
+            run(service, listener, grace)
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -93,22 +97,18 @@ def listening(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def run(service: Service, listener: socket.socket) -> None:
-    """Serve until the process is told to stop; answers being written get a moment to end."""
-    import uvicorn
+def run(service: Service, listener: socket.socket, grace: int) -> None:
+    """Serve until the process is told to stop and the answers under way have ended."""
+    from runtime.stopping import Server
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     click.echo(f"serving {service.name} on http://{shown}:{port}/v1", err=True)
-    config = uvicorn.Config(
-        service.app(),
-        log_config=None,
-        access_log=False,
-        lifespan="on",
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-    )
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(service, grace).run(sockets=[listener])
+    if service.thread.alive:  # in a step of a minute; Python's own end would abort below it
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def engine_lines(ckpt: str) -> list[str]:

@@ -15,7 +15,7 @@ from quant.export import Layout, check_export
 from quant.gptq import GptqSettings
 from quant.linears import Linear, find_linears
 from quant.output import UnitShards
-from quant.recipes import Recipe, schemes_of
+from quant.recipes import Recipe, Rule, schemes_of
 from quant.schemes import Scheme
 from quant.tensors import OutputTensors
 
@@ -59,22 +59,16 @@ def plan_quantization(
     """Join model and recipe. InputError for conflicts and matrices that cannot be stored."""
     source, spec = opened.source, opened.spec
     dtype = compute_dtype(spec, settings.dtype)
-    # sorted, so that a checkpoint and the same one seen through a plan give the same files
-    names = sorted(source.names(), key=natural_order)
-    shapes = {name: source.shape(name) for name in names}
-    linears = find_linears(spec, shapes)
-    rules = recipe.assign(linears)
+    linears, rules = meet(opened, recipe)
     schemes = schemes_of(rules)
     damping = {
         module: float(rule.options.get("dampening_frac", GptqSettings().damping))
         for module, rule in rules.items()
         if rule is not None and (rule.method or settings.method) == "gptq"
     }
-    if not any(schemes.values()):
-        raise InputError(f"{recipe.where} quantizes nothing of {opened.checkpoint.root}")
     check_export(settings.layout, linears, schemes)
     by_unit: dict[str, list[str]] = {}
-    for name in names:
+    for name in ordered_names(opened):
         by_unit.setdefault(unit_of_tensor(spec, name), []).append(name)
     ordered = {unit: by_unit[unit] for unit in sorted(by_unit, key=unit_order)}
     tensors = OutputTensors(source, linears, schemes, dtype, settings.layout)
@@ -86,6 +80,24 @@ def plan_quantization(
     return QuantizePlan(
         opened, recipe, linears, schemes, damping, dtype, settings.layout, tensors, shards, ordered
     )
+
+
+def meet(opened: OpenModel, recipe: Recipe) -> tuple[tuple[Linear, ...], dict[str, Rule | None]]:
+    """The model's matrices and what becomes of each. InputError where the recipe does not fit.
+
+    Nothing is read but shapes: commands ask before they make tokens.
+    """
+    shapes = {name: opened.source.shape(name) for name in ordered_names(opened)}
+    linears = find_linears(opened.spec, shapes)
+    rules = recipe.assign(linears)
+    if not any(rules.values()):
+        raise InputError(f"{recipe.where} quantizes nothing of {opened.checkpoint.root}")
+    return linears, rules
+
+
+def ordered_names(opened: OpenModel) -> list[str]:
+    """Sorted, so that a checkpoint and the same one seen through a plan give the same files."""
+    return sorted(opened.source.names(), key=natural_order)
 
 
 def natural_order(name: str) -> tuple[tuple[int, int | str], ...]:

@@ -119,6 +119,10 @@ def _rules(name: str, settings: Mapping[str, Any], where: str) -> Iterator[Rule]
     if options.get("block_size", 128) != 128:
         raise InputError(f"{where}: block_size {options['block_size']}; only 128 is used here")
     for scheme, targets in _schemes(settings, where):
+        if not targets:
+            raise InputError(
+                f"{where}: {scheme.name} has no targets; give paths, 're:' patterns or Linear"
+            )
         yield Rule(scheme=scheme, targets=targets, ignore=ignore, method=method, options=options)
 
 

@@ -3,9 +3,10 @@
 A recipe is a tuple of rules. A rule's targets and ignore are matched as compressed-tensors does:
 `re:` patterns from the start of the module's path, other entries by the whole path, and `Linear`
 for every matrix that is quantized by default (quant/linears.py). Routers, embeddings and vision
-are never matched by a pattern; naming one outright is an error, as is a target that matches
-nothing. Two rules that give one matrix different formats are an error too: which one wins must
-not depend on their order.
+are never taken; a target that matches nothing else is an error, as is one that matches nothing,
+and a rule whose ignore list leaves it nothing. Two rules that give one matrix different formats, or
+round it differently, are an error too: which one wins must not depend on their order. (In
+llm-compressor 0.14 the last modifier wins, but within one the first group.)
 
 What engines demand is checked when a recipe meets a model: one scheme for all experts of a layer
 (vLLM looks at expert 0 only), one for fused partners (quant/fused.py), whole groups in every row.
@@ -76,6 +77,11 @@ class Rule:
     method: Method | None = None
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
+    @property
+    def does(self) -> tuple[Scheme, Method | None, dict[str, Any]]:
+        """What becomes of a matrix that it takes."""
+        return self.scheme, self.method, dict(self.options)
+
     def to_json(self) -> dict[str, Any]:
         """Everything that decides about bytes, for a job's identity."""
         activations = self.scheme.input_activations
@@ -112,32 +118,40 @@ class Recipe:
             targets = ModuleNames(rule.targets, self.where)
             ignore = ModuleNames(rule.ignore, self.where)
             self._check_targets(targets, linears)
+            taken = False
             for linear in linears:
                 if linear.use == "never" or not targets.match(linear) or ignore.match(linear):
                     continue
                 before = assigned[linear.module]
-                if before is not None and before.scheme != rule.scheme:
+                if before is not None and before.does != rule.does:
                     raise InputError(
-                        f"{self.where}: {linear.module} is to be both {before.scheme.name} and "
-                        f"{rule.scheme.name}; name it in the ignore of one of them"
+                        f"{self.where}: {linear.module} is to be both "
+                        f"{told_apart(before, rule)}; name it in the ignore of one of them"
                     )
                 assigned[linear.module] = before or rule
+                taken = True
+            if not taken:
+                raise InputError(
+                    f"{self.where}: ignore leaves nothing of the targets {list(rule.targets)}; "
+                    "shorten one of them or remove the rule"
+                )
         self._check_storable(linears, assigned)
         self._check_experts(linears, assigned)
         self._check_fused(linears, assigned)
         return assigned
 
     def _check_targets(self, targets: ModuleNames, linears: Sequence[Linear]) -> None:
-        for linear in linears:
-            if linear.use == "never" and linear.module in targets.paths:
-                raise InputError(
-                    f"{self.where}: {linear.module} ({linear.place.kind}) is never quantized; "
-                    "remove it from the targets"
-                )
-        missing = targets.unmatched(linears)
-        if missing:
+        able = [linear for linear in linears if linear.use != "never"]
+        for target in targets.unmatched(able):
+            alone = ModuleNames((target,), self.where)
+            for linear in linears:
+                if alone.match(linear):
+                    raise InputError(
+                        f"{self.where}: target {target!r} matches only what is never quantized "
+                        f"({linear.module}: {linear.place.kind}); remove it from the targets"
+                    )
             raise InputError(
-                f"{self.where}: target {missing[0]!r} matches no matrix of the model; targets are "
+                f"{self.where}: target {target!r} matches no matrix of the model; targets are "
                 "paths as in its files, 're:' patterns of them, or Linear"
             )
 
@@ -187,6 +201,20 @@ class Recipe:
 def name_of(rule: Rule | None) -> str:
     """A rule's scheme for people."""
     return "unquantized" if rule is None else rule.scheme.name
+
+
+def told_apart(one: Rule, other: Rule) -> str:
+    """Two rules for people: by their schemes' names if that will do."""
+    if one.scheme.name != other.scheme.name:
+        return f"{one.scheme.name} and {other.scheme.name}"
+    return " and ".join(
+        rule.scheme.name
+        + (f" in groups of {rule.scheme.group_size}" if rule.scheme.group_size else "")
+        + ("" if rule.scheme.symmetric else " with zero points")
+        + (f" by {rule.method}" if rule.method else "")
+        + "".join(f", {name} {value}" for name, value in rule.options.items())
+        for rule in (one, other)
+    )
 
 
 def uniform(scheme: Scheme) -> Recipe:

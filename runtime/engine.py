@@ -50,6 +50,7 @@ class Request:
     reason: Reason | None = None
     error: str = ""
     cancelled: bool = False
+    begun: bool = False  # its prompt is being read, or was
     sampler: Sampler | None = None
     cache: Any = None  # while the prompt is being read
     read: int = 0
@@ -158,6 +159,7 @@ class Engine:
             if not self.waiting:
                 return
             request = self.waiting[0]
+        request.begun = True
         if request.cache is None:
             request.cache = new_cache(self.model)
         stop = min(request.read + PREFILL_TOKENS, len(request.prompt))
@@ -224,9 +226,8 @@ class Engine:
             return
         assert request.sampler is not None
         if token is None:
-            seen = request.prompt + request.tokens if request.sampler.penalised else []
             try:
-                token = request.sampler.choose(logits_V, seen)
+                token = request.sampler.choose(logits_V, request.tokens[-1:] or request.prompt)
             except Exception as error:  # this request fails, the others go on
                 request.error = f"{type(error).__name__}: {error}"
                 self._end(request, "error")

@@ -62,6 +62,7 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self.greedy = sampling.temperature < GREEDY
         self.penalised = sampling.repetition_penalty != 1
+        self.seen_V: torch.Tensor | None = None  # ids of prompt and answer, for the penalty
         self.generator = torch.Generator()
         if sampling.seed is None:
             self.generator.seed()
@@ -86,11 +87,22 @@ class Sampler:
         """True when the largest logit is taken as it is."""
         return self.greedy and not self.processors
 
-    def choose(self, logits_V: torch.Tensor, seen: list[int]) -> int:
-        """The next token after the ids `seen`, which only a repetition penalty reads."""
-        scores = logits_V.float().cpu().unsqueeze(0)
-        if self.processors:
-            scores = self.processors(torch.tensor([seen], dtype=torch.long), scores)
+    def choose(self, logits_V: torch.Tensor, new: list[int]) -> int:
+        """The next token. `new` are the ids since the last call: the prompt, then one at a time."""
+        scores = self.scores(logits_V, new)
         if self.greedy:
             return int(scores.argmax())
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self.generator))
+
+    def scores(self, logits_V: torch.Tensor, new: list[int]) -> torch.Tensor:
+        """Logits [1, V] as all processors leave them."""
+        scores = logits_V.float().cpu().unsqueeze(0)
+        if self.penalised:
+            if self.seen_V is None:
+                self.seen_V = torch.zeros(len(logits_V), dtype=torch.bool)
+            self.seen_V[new] = True
+            # how often an id was seen makes no difference to the processor
+            ids = self.seen_V.nonzero().T
+        else:
+            ids = torch.empty(1, 0, dtype=torch.long)
+        return self.processors(ids, scores) if self.processors else scores

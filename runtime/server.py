@@ -5,8 +5,8 @@
 
 The engine steps in a thread of its own; every request is a coroutine that waits for its tokens.
 A client that goes away cancels its request: its row leaves the batch before the next token. When
-the queue is full the answer is 429, while shutting down 503; what is wrong in a request is a 4xx
-that says what.
+the queue is full the answer is 429, while shutting down 503 (runtime/stopping.py); what is wrong in
+a request is a 4xx that says what.
 
 Starlette was chosen over FastAPI: the bodies are checked by runtime/openai_bodies.py, whose errors
 must have OpenAI's form, so the schema layer would be turned off again.
@@ -39,7 +39,13 @@ from runtime.text import prompt_ids
 from runtime.turn import Events, Turn
 
 BODY_BYTES = 16 << 20
+STEP_SECONDS = 2  # that the engine's last step may take when all answers have ended
+STOPPING = "the server is shutting down; send the request again"
 log = logging.getLogger("thresher.server")
+
+
+class StoppingError(Exception):
+    """Nothing new is taken any more."""
 
 
 class EngineThread:
@@ -64,13 +70,19 @@ class EngineThread:
             self._work.notify()
         return running
 
-    def stop(self) -> None:
-        """End after the current step; what still runs is ended as cancelled."""
+    def stop(self, seconds: float = STEP_SECONDS) -> None:
+        """End after the current step, but do not wait longer for it than `seconds`."""
         self._stopping.set()
         with self._work:
             self._work.notify()
-        self._thread.join()
-        self.engine.fail_all("the server shuts down")
+        self._thread.join(seconds)
+        if not self.alive:
+            self.engine.fail_all(STOPPING)
+
+    @property
+    def alive(self) -> bool:
+        """True while it steps, or waits for work."""
+        return self._thread.is_alive()
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -95,6 +107,8 @@ class Service:
         self.defaults = defaults or Sampling(temperature=1.0)
         self.conversations = Conversations(tokenizer)
         self.thread = EngineThread(engine)
+        self.turns: set[Turn] = set()
+        self.closed = False
 
     def app(self) -> Starlette:
         """The ASGI application; its lifespan starts and stops the engine's thread."""
@@ -116,6 +130,27 @@ class Service:
             ],
             exception_handlers={HTTPException: http_error, Exception: unexpected},
         )
+
+    # -- the end: called on the event loop -----------------------------------------------------
+
+    @property
+    def num_open(self) -> int:
+        """Answers that are being written and not refused yet."""
+        return sum(not turn.refusal for turn in self.turns)
+
+    def close(self) -> None:
+        """Take nothing new, and refuse what has not begun."""
+        self.closed = True
+        for turn in self.turns:
+            if not turn.running.begun:
+                turn.cut(STOPPING)
+
+    def cut(self) -> None:
+        """End all answers where they are."""
+        for turn in self.turns:
+            turn.cut(STOPPING)
+
+    # -- endpoints -----------------------------------------------------------------------------
 
     async def health(self, request: Request) -> Response:
         """What is running and waiting."""
@@ -157,6 +192,8 @@ class Service:
             asked = read_body(body, self.name, chat=chat, room=room, defaults=self.defaults)
             ids, reader = await run_in_threadpool(self._prompt, asked, chat)
             tokens: asyncio.Queue[int | None] = asyncio.Queue()
+            if self.closed:
+                raise StoppingError
             loop = asyncio.get_running_loop()
             running = self.thread.submit(
                 ids, asked.sampling, lambda token: post(loop, tokens, token)
@@ -172,12 +209,25 @@ class Service:
         except QueueFullError as full:
             body = error_body(str(full), "rate_limit_error", "queue_full")
             return JSONResponse(body, status_code=429, headers={"Retry-After": "1"})
+        except StoppingError:
+            return JSONResponse(
+                error_body(STOPPING, "server_error", "shutting_down"), status_code=503
+            )
         turn = Turn(
             self.engine, self.tokenizer, self.name, asked, running, tokens, reader, chat=chat
         )
+        self.turns.add(turn)
         if asked.stream:
-            return Events(turn.events(), self.engine, running)
-        return await turn.whole(request)
+            return Events(turn.events(), lambda: self._ended(turn))
+        try:
+            return await turn.whole(request)
+        finally:
+            self._ended(turn)
+
+    def _ended(self, turn: Turn) -> None:
+        """However it ended: a client may have left before the first event was asked for."""
+        self.engine.cancel(turn.running)
+        self.turns.discard(turn)
 
     def _prompt(self, asked: Asked, chat: bool) -> tuple[list[int], AnswerStream]:
         if chat:

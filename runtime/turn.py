@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 from starlette.requests import Request
@@ -25,18 +25,18 @@ from runtime.text import TextStream
 
 
 class Events(StreamingResponse):
-    """Server-sent events; however sending them ends, the request does too."""
+    """Server-sent events; however sending them ends, `ended` is called."""
 
-    def __init__(self, events: AsyncIterator[str], engine: Engine, running: Running) -> None:
+    def __init__(self, events: AsyncIterator[str], ended: Callable[[], None]) -> None:
         super().__init__(events, media_type="text/event-stream")
-        self.engine, self.running = engine, running
+        self.ended = ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send them."""
         try:
             await super().__call__(scope, receive, send)
-        finally:  # a client may have left before the first event was asked for
-            self.engine.cancel(self.running)
+        finally:
+            self.ended()
 
 
 class Turn:
@@ -61,6 +61,22 @@ class Turn:
         self.text = TextStream(tokenizer, asked.sampling.stop, special=chat, after=after)
         self.answers = Answers(name, chat=chat)
         self.called = False
+        self.refusal = ""  # why the server ended it before its time
+
+    def cut(self, why: str) -> None:
+        """End the answer where it is, by an error that says why; a whole answer stays one."""
+        if self.running.reason is None and not self.text.stopped:
+            self.refusal = why
+            self.tokens.put_nowait(None)
+
+    @property
+    def failure(self) -> tuple[int, dict[str, Any]] | None:
+        """Status and body of the error that the answer ends with."""
+        if self.refusal:
+            return 503, error_body(self.refusal, "server_error", "shutting_down")
+        if self.running.reason == "error":
+            return 500, error_body(self.running.error, "server_error")
+        return None
 
     async def pieces(self) -> AsyncGenerator[Delta, None]:
         """Pieces as they become certain; the request is given up when nobody waits any more."""
@@ -93,16 +109,16 @@ class Turn:
             yield event(self.answers.chunk({"role": "assistant", "content": ""}))
         async with contextlib.aclosing(self.pieces()) as pieces:
             async for piece in pieces:
-                if self.running.reason == "error":
+                if self.failure is not None:
                     break
                 for delta in self._deltas(piece):
                     yield event(self.answers.chunk(delta))
-        if self.running.reason == "error":
-            yield event(error_body(self.running.error, "server_error"))
-            return
-        yield event(self.answers.chunk({}, self.reason))
-        if self.asked.include_usage:
-            yield event(self.answers.usage_chunk(self.usage))
+        if self.failure is not None:
+            yield event(self.failure[1])
+        else:
+            yield event(self.answers.chunk({}, self.reason))
+            if self.asked.include_usage:
+                yield event(self.answers.usage_chunk(self.usage))
         yield "data: [DONE]\n\n"
 
     def _deltas(self, piece: Delta) -> list[dict[str, Any]]:
@@ -131,8 +147,9 @@ class Turn:
                 await collecting
             return Response(status_code=499)
         message = collecting.result()
-        if self.running.reason == "error":
-            return JSONResponse(error_body(self.running.error, "server_error"), status_code=500)
+        if self.failure is not None:
+            status, body = self.failure
+            return JSONResponse(body, status_code=status)
         return JSONResponse(self.answers.whole(message, self.reason, self.usage))
 
     async def _collect(self) -> dict[str, Any]:

@@ -351,6 +351,23 @@ def test_token_file_that_is_none(work: Path, refused: Refusal) -> None:
         refused(*score_of(work), words=("t.safetensors",))
 
 
+@pytest.mark.parametrize("command", ["quantize", "compress"])
+@pytest.mark.parametrize(
+    ("targets", "word"), [("re:.*mlp.gate$", "router"), ("re:.*nothing", "matches no matrix")]
+)
+def test_recipe_that_does_not_fit(
+    work: Path, refused: Refusal, command: str, targets: str, word: str
+) -> None:
+    """Told before the tokens are looked for, which may take long to make."""
+    recipe = work / "recipe.yaml"
+    recipe.write_text(f"QuantizationModifier: {{scheme: W4A16, targets: ['{targets}']}}")
+    refused(
+        command, work / "m", "--recipe", recipe, "--tokens", work / "none.safetensors",
+        "-o", work / "o", *(["--keep", 8] if command == "compress" else []),
+        words=("recipe.yaml", word),
+    )  # fmt: skip
+
+
 def test_no_tokenizer(work: Path, refused: Refusal) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (work / "m" / name).unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,8 @@ def test_head_and_indexer_when_asked(deepseek: tuple[ModelSpec, tuple[Linear, ..
         ("GPTQModifier: {}", "either scheme or config_groups"),
         ("GPTQModifier: {scheme: W9A16}", "'W9A16' is not known"),
         ("GPTQModifier: {scheme: MXFP4}", "no scheme that is written"),
+        ("GPTQModifier: {scheme: W4A16, targets: []}", "W4A16 has no targets"),
+        ("GPTQModifier: {config_groups: {W4A16: []}}", "W4A16 has no targets"),
         ("GPTQModifier: {scheme: W8A8}", "no scheme that is written"),
         ("GPTQModifier: {scheme: W4A16, kv_cache_scheme: {num_bits: 8}}", "kv_cache_scheme is not"),
         ("GPTQModifier: {scheme: W4A16, actorder: group}", "actorder 'group'"),
@@ -265,7 +268,26 @@ def test_recipe_files_that_are_refused(tmp_path: Path, text: str, says: str) -> 
         ((Rule(scheme=SMALL, targets=("re:.*experts.1.*",)),), "experts of layer 1 differ"),
         ((Rule(scheme=SMALL, targets=("re:.*shared_experts.gate.*",)),), "run them as one matrix"),
         ((Rule(scheme=SMALL, ignore=("re:.*q_a_proj",)),), "kv_a_proj_with_mqa W3A16"),
-        ((Rule(scheme=SMALL, targets=("model.layers.1.mlp.gate",)),), "is never quantized"),
+        (
+            (Rule(scheme=SMALL), Rule(scheme=int_scheme(3, 32, True))),
+            "both W3A16 in groups of 8 and W3A16 in groups of 32; name it",
+        ),
+        (
+            (
+                Rule(scheme=SMALL, method="gptq", options={"dampening_frac": 0.1}),
+                Rule(scheme=SMALL, method="rtn"),
+            ),
+            "both W3A16 in groups of 8 by gptq, dampening_frac 0.1 and W3A16 in groups of 8 by rtn",
+        ),
+        ((Rule(scheme=SMALL, targets=("model.layers.1.mlp.gate",)),), "only what is never quant"),
+        (
+            (Rule(scheme=SMALL, targets=("re:.*mlp.gate$", "re:.*experts.*")),),
+            r"'re:.*mlp.gate\$' matches only .*\(model.layers.1.mlp.gate: router\); remove it",
+        ),
+        (
+            (Rule(scheme=SMALL, targets=("re:.*experts.*",), ignore=("re:.*mlp.*",)),),
+            "ignore leaves nothing of the targets",
+        ),
         ((Rule(scheme=SMALL, targets=("re:.*nothing",)),), "matches no matrix"),
         ((Rule(scheme=SMALL, targets=("model.layers.9.x",)),), "matches no matrix"),
         ((Rule(scheme=SMALL, targets=("re:(",)),), "no regular expression"),
@@ -277,6 +299,14 @@ def test_recipes_that_do_not_fit(
 ) -> None:
     with pytest.raises(InputError, match=says):
         Recipe(rules).assign(deepseek[1])
+
+
+def test_rules_that_say_the_same_may_overlap(
+    deepseek: tuple[ModelSpec, tuple[Linear, ...]],
+) -> None:
+    rule = Rule(scheme=SMALL, method="gptq", options={"dampening_frac": 0.1})
+    narrow = replace(rule, targets=("re:.*experts.*",))
+    assert Recipe((rule, narrow)).assign(deepseek[1]) == Recipe((rule,)).assign(deepseek[1])
 
 
 def test_fused_sets() -> None:

@@ -55,13 +55,13 @@ def test_a_draw_that_fails_ends_one_request(
     """At its first token as at a later one; the others write what they would have written."""
     real = Sampler.choose
 
-    def choose(self: Sampler, logits_V: torch.Tensor, seen: list[int]) -> int:
+    def choose(self: Sampler, logits_V: torch.Tensor, new: list[int]) -> int:
         left = getattr(self, "left", None)
         if left == 0:
             raise RuntimeError("probability tensor contains nan")
         if left is not None:
             self.left = left - 1  # type: ignore[attr-defined]
-        return real(self, logits_V, seen)
+        return real(self, logits_V, new)
 
     monkeypatch.setattr(Sampler, "choose", choose)
     engine = Engine(loaded)
