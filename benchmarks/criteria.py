@@ -6,10 +6,10 @@
                                             [--repair-samples 20] [--draws 0,1,2]
 
 For each seed a calibration sample of the offline mix (20 samples of each domain, up to 512 tokens,
-as `thresher demo`; --samples), one scoring pass with damage statistics, and for 25 % and 50 % of the
-experts removed the plan of every criterion. Pruned models are judged unwritten, on 12 held-out samples of
-each domain: perplexity and KL by domain. `auto` judges on 4 other samples of each domain. The
-table gives the mean over seeds and the half-width of its 95 % interval (t, n - 1 degrees).
+as `thresher demo`; --samples), one scoring pass with damage statistics, and for 25 % and 50 % of
+the experts removed the plan of every criterion. Pruned models are judged unwritten, on 12 held-out
+samples of each domain: perplexity and KL by domain; `auto` judges on 4 other samples of each.
+The table gives the mean over seeds and the half-width of its 95 % interval (t, n - 1 degrees).
 
 With --scheme the named criteria's models are also written and quantized by GPTQ, and the KL is
 split: what pruning lost, and what rounding added. With --repairs the models of `output-error` are

@@ -105,10 +105,13 @@ def run(service: Service, listener: socket.socket, grace: int) -> None:
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     click.echo(f"serving {service.name} on http://{shown}:{port}/v1", err=True)
-    Server(service, grace).run(sockets=[listener])
+    server = Server(service, grace)
+    server.run(sockets=[listener])
     if service.thread.alive:  # in a step of a minute; Python's own end would abort below it
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(130 if server.interrupted else 0)
+    if server.interrupted:
+        raise KeyboardInterrupt
 
 
 def engine_lines(ckpt: str) -> list[str]:

@@ -41,13 +41,14 @@ class Server(uvicorn.Server):
             )
         )
         self.service, self.grace = service, grace
+        self.interrupted = False  # by Ctrl-C, not SIGTERM
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal asks for the end, the second is the end."""
         if self.should_exit:
             signal.signal(sig, signal.SIG_DFL)
             signal.raise_signal(sig)
-        self.should_exit = True
+        self.should_exit, self.interrupted = True, sig == signal.SIGINT
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let answers end; those that outlast the grace period are ended."""
