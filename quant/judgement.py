@@ -21,12 +21,12 @@ from compressed_tensors.compressors import BaseCompressor
 from models.checkpoint import Checkpoint, TensorInfo
 from models.errors import VerificationError
 from quant.comparison import Comparison
+from quant.config_groups import ConfigGroups
 from quant.matrix_errors import MatrixErrors, matrix_errors
 from quant.recipe_files import validated_group
 from quant.schemes import FP8_BLOCK_SIDE, Scheme
 from quant.spec_decoder import Array, decode_fp8, decode_integers, decode_nvfp4, float_array
 from quant.stored import StoredMatrix
-from quant.structure import ConfigGroups
 
 # largest relative error of one matrix, by bits of integers and by kind of the others
 INTEGER_BOUNDS: Mapping[int, float] = {2: 0.95, 3: 0.9, 4: 0.5, 5: 0.25, 6: 0.12, 7: 0.06, 8: 0.03}

@@ -7,8 +7,10 @@ the source's (cosine 0; 1/sqrt(K) by chance).
 What right rows may err by. FP8 is rounded to nearest: one part in 16, and 0.07 with scales in
 bfloat16. Others may come of GPTQ, which moves weights where inputs have few directions, or small
 ones: on weights with outliers and Hessians made to provoke it rows reached 1.04 at 2 bits, 0.82 at
-3 and 4, 0.67 at 5, 0.13 at 8 and 0.47 at NVFP4, and their cosine never fell below 0.5. So few bits
-have bounds above 1, and a cosine finds the zeroed row that is below them.
+3 and 4, 0.67 at 5, 0.13 at 8 and 0.47 at NVFP4, and their cosine never fell below 0.4. So few bits
+have bounds above 1, and a cosine finds the zeroed row that is below them. All rows share the
+Hessian: where it moves one far it moves all, so thrice their median is right too (1.36 was seen at
+W3A16 on the demo model, median 0.69, in a matrix whose inputs were 600 tokens).
 
 Rows so small that the format cannot hold them (of an FP8 block, or under an NVFP4 global scale
 that others need) may vanish: E4M3 ends 2^−18 below its largest value, and what is within
@@ -28,7 +30,8 @@ from quant.spec_decoder import Array
 # largest relative error of one row, by bits of integers and by kind of the others
 INTEGER_ROWS: Mapping[int, float] = {2: 1.3, 3: 1.2, 4: 1.1, 5: 0.9, 6: 0.7, 7: 0.5, 8: 0.4}
 FLOAT_ROWS: Mapping[str, float] = {"nvfp4": 0.8, "fp8_block": 0.2, "fp8_channel": 0.2}
-UNLIKE_ERROR, UNLIKE_COSINE = 0.9, 0.25  # beyond both a row is another's, or none
+UNLIKE_ERROR, UNLIKE_COSINE = 0.9, 0.2  # beyond both a row is another's, or none
+MEDIANS = 3.0  # of the rows' errors, which a row may reach in any case
 RESOLUTION = 2.0**-16  # of the largest weight
 NVFP4_LARGEST = 6.0 * 448.0  # what a global scale of 1 can hold
 CHUNK = 1 << 20  # weights: their difference stays in a cache
@@ -71,7 +74,9 @@ class MatrixErrors:
         error_N = self.difference_N - unheld
         unlike_N = self.product_N < UNLIKE_COSINE * self.weight_N * self.decoded_N
         unlike_N |= self.decoded_N == 0
-        broken_N = error_N > row_bound(scheme) * self.weight_N
+        used = self.weight_N > 0
+        usual = np.median(self.difference_N[used] / self.weight_N[used]) if used.any() else 0.0
+        broken_N = error_N > max(row_bound(scheme), MEDIANS * usual) * self.weight_N
         broken_N |= unlike_N & (error_N > UNLIKE_ERROR * self.weight_N)
         rows = np.flatnonzero(broken_N)
         return sorted(rows.tolist(), key=lambda row: -self.of_row(row))
@@ -83,7 +88,7 @@ class MatrixErrors:
 
 
 def row_bound(scheme: Scheme) -> float:
-    """The largest relative error of a row that is like the source's."""
+    """The largest relative error of a row that is like the source's, in a matrix of small ones."""
     return INTEGER_ROWS[scheme.bits] if scheme.kind == "int" else FLOAT_ROWS[scheme.kind]
 
 
