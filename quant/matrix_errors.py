@@ -7,10 +7,11 @@ the source's (cosine 0; 1/sqrt(K) by chance).
 What right rows may err by. FP8 is rounded to nearest: one part in 16, and 0.07 with scales in
 bfloat16. Others may come of GPTQ, which moves weights where inputs have few directions, or small
 ones: on weights with outliers and Hessians made to provoke it rows reached 1.04 at 2 bits, 0.82 at
-3 and 4, 0.67 at 5, 0.13 at 8 and 0.47 at NVFP4, and their cosine never fell below 0.4. So few bits
-have bounds above 1, and a cosine finds the zeroed row that is below them. All rows share the
-Hessian: where it moves one far it moves all, so thrice their median is right too (1.36 was seen at
-W3A16 on the demo model, median 0.69, in a matrix whose inputs were 600 tokens).
+3 and 4, 0.67 at 5, 0.13 at 8 and 0.47 at NVFP4. The demo model, quantized with 45 to 600 tokens,
+has a matrix whose rows reach 1.36 at W3A16 and 0.89 at NVFP4, and a cosine of 0.57 (0.31 at 2 bits,
+of an error of 2.5). So few bits have bounds above 1, and a cosine finds the row below them that is
+another's. All rows share the Hessian, and where it moves one far it moves all: five times their
+median is right too (4.4 times was seen).
 
 Rows so small that the format cannot hold them (of an FP8 block, or under an NVFP4 global scale
 that others need) may vanish: E4M3 ends 2^−18 below its largest value, and what is within
@@ -28,10 +29,10 @@ from quant.schemes import Scheme
 from quant.spec_decoder import Array
 
 # largest relative error of one row, by bits of integers and by kind of the others
-INTEGER_ROWS: Mapping[int, float] = {2: 1.3, 3: 1.2, 4: 1.1, 5: 0.9, 6: 0.7, 7: 0.5, 8: 0.4}
-FLOAT_ROWS: Mapping[str, float] = {"nvfp4": 0.8, "fp8_block": 0.2, "fp8_channel": 0.2}
+INTEGER_ROWS: Mapping[int, float] = {2: 1.5, 3: 1.4, 4: 1.2, 5: 1.0, 6: 0.7, 7: 0.5, 8: 0.4}
+FLOAT_ROWS: Mapping[str, float] = {"nvfp4": 1.1, "fp8_block": 0.2, "fp8_channel": 0.2}
 UNLIKE_ERROR, UNLIKE_COSINE = 0.9, 0.2  # beyond both a row is another's, or none
-MEDIANS = 3.0  # of the rows' errors, which a row may reach in any case
+MEDIANS = 5.0  # of the rows' errors, which a row may reach in any case
 RESOLUTION = 2.0**-16  # of the largest weight
 NVFP4_LARGEST = 6.0 * 448.0  # what a global scale of 1 can hold
 CHUNK = 1 << 20  # weights: their difference stays in a cache
