@@ -3,8 +3,9 @@
 Experts are told apart by the plan that lies with the checkpoint (plan.json: kept ids, ascending;
 new id i is the i-th of them); without one, or when the source is the pruned model, ids are equal.
 A tensor the source stores under the same name, type and shape must have the same bits; a
-quantized matrix is compared by ||W − Ŵ|| / ||W|| with both decoded; anything else (a decoded FP8
-matrix kept in 16 bits) by the same ratio, which one rounding to bfloat16 leaves below 2^−8.
+quantized matrix is compared by ||W − Ŵ|| / ||W|| with both decoded (quant/matrix_errors.py);
+anything else (a decoded FP8 matrix kept in 16 bits) by the same ratio, which one rounding to
+bfloat16 leaves below 2^−8.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ class Comparison:
                 return re.sub(pattern, rf"\g<1>{old}.", name + ".", count=1)[:-1]
         return name
 
-    def weight_error(self, module: str, decoded: Array) -> tuple[float, float] | None:
-        """||W − Ŵ|| / ||W|| of a quantized matrix and its lean; None when the source has none."""
+    def weight(self, module: str) -> Array | None:
+        """What a quantized matrix should be, float32 [N, K]; None when the source has none."""
         linear = self.linears.get(self.old_name(module))
         if linear is None or linear.refusal is not None:
             return None
@@ -100,8 +101,7 @@ class Comparison:
                 weight = weight[linear.rows[0] : linear.rows[1]]
         else:
             weight = self.source.read(linear.logical, torch.float32)
-        weights = weight.numpy()
-        return relative_error(weights, decoded), lean(weights, decoded)
+        return weight.numpy()
 
     def plain_error(self, info: TensorInfo) -> tuple[float, float] | None:
         """(the same ratio of an unquantized tensor, 0.0 where the bits are equal, the most it may
@@ -186,20 +186,6 @@ def relative_error(weight: Array, decoded: Array) -> float:
     if difference == 0:
         return 0.0
     return difference / norm if norm else float("inf")
-
-
-def lean(weight: Array, decoded: Array) -> float:
-    """|mean of W − Ŵ| by its root mean square: 1 when all weights are off by one number.
-
-    Rounding leaves about 1/sqrt(weights), however coarse; a zero point of the other convention
-    moves every weight one step the same way.
-    """
-    if weight.shape != decoded.shape:
-        return 0.0
-    difference = (weight - decoded).astype(np.float32)
-    square = float(np.mean(np.square(difference), dtype=np.float64))
-    mean = abs(float(np.mean(difference, dtype=np.float64)))
-    return mean / square**0.5 if square else 0.0
 
 
 def bits_error(weight: torch.Tensor, mine: torch.Tensor) -> float:

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from models.errors import InputError, VerificationError
+from quant.config_groups import ConfigGroups
 from quant.export import GPTQ_BITS, Layout
 from quant.format import pack_bits
 from quant.schemes import SCHEMES, Scheme, int_scheme
 from quant.spec_decoder import bit_codes
-from quant.structure import ConfigGroups
 
 LAYOUT_OF: Mapping[str, Layout] = {
     "compressed-tensors": "compressed-tensors",

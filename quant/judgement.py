@@ -5,7 +5,7 @@ weights (W3A16 0.2, W4A16 0.11; NVFP4 0.1 and FP8 0.026: two times and a half). 
 output's error and may move weights far where inputs have few directions (0.67 was seen at W3A16 on
 the demo model, in a matrix whose output was fine), so those of few bits are wide. Codes of another
 tensor, or a scale of the wrong group, give errors above 1; a zero point of the other convention, an
-error that leans to one side.
+error that leans to one side; and one broken row shows by itself (quant/matrix_errors.py).
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from compressed_tensors.compressors import BaseCompressor
 from models.checkpoint import Checkpoint, TensorInfo
 from models.errors import VerificationError
 from quant.comparison import Comparison
+from quant.config_groups import ConfigGroups
+from quant.matrix_errors import MatrixErrors, matrix_errors
 from quant.recipe_files import validated_group
 from quant.schemes import FP8_BLOCK_SIDE, Scheme
 from quant.spec_decoder import Array, decode_fp8, decode_integers, decode_nvfp4, float_array
 from quant.stored import StoredMatrix
-from quant.structure import ConfigGroups
 
 # largest relative error of one matrix, by bits of integers and by kind of the others
 INTEGER_BOUNDS: Mapping[int, float] = {2: 0.95, 3: 0.9, 4: 0.5, 5: 0.25, 6: 0.12, 7: 0.06, 8: 0.03}
@@ -77,33 +78,47 @@ def judge_matrix(
     zero = not decoded.any()
     if zero and comparison is None:
         findings.append(f"{matrix.module} is all zero")
+    divisor = tensors.get("weight_global_scale")
+    global_scale = None if divisor is None else float(divisor)
     error = None
     if comparison is not None and not findings:
-        found = comparison.weight_error(matrix.module, decoded)
-        if found is None:
+        weight = comparison.weight(matrix.module)
+        if weight is None:
             findings.append(f"{matrix.module} has no counterpart in the source")
         else:
-            error, leaning = found
+            errors = matrix_errors(weight, decoded)
+            error = float("inf") if errors is None else errors.relative
             if zero and error > 0:  # unless the source is zero too
                 findings.append(f"{matrix.module} is all zero")
-            elif not error <= bound(scheme):
-                findings.append(
-                    f"{matrix.module}: relative error {error:.3g} to the source, {scheme.name} "
-                    f"stays below {bound(scheme):g}"
-                )
-            elif leaning > LEAN and scheme.kind == "int":
-                findings.append(
-                    f"{matrix.module}: its errors lean to one side ({leaning:.2f} of their size), "
-                    "as with zero points of another convention"
-                )
-    divisor = tensors.get("weight_global_scale")
-    return Judged(
-        matrix.module,
-        scheme.name,
-        tuple(findings),
-        error,
-        None if divisor is None else float(divisor),
-    )
+            else:
+                findings += error_findings(matrix.module, errors, scheme, global_scale)
+    return Judged(matrix.module, scheme.name, tuple(findings), error, global_scale)
+
+
+def error_findings(
+    module: str, errors: MatrixErrors | None, scheme: Scheme, global_scale: float | None
+) -> Iterator[str]:
+    """The one thing to say of a matrix whose errors are not those of rounding to `scheme`."""
+    error = float("inf") if errors is None else errors.relative
+    rows = [] if errors is None else errors.broken_rows(scheme, global_scale)
+    worst = ""
+    if errors is not None and rows:
+        more = f" and {len(rows) - 1} more rows are" if len(rows) > 1 else " is"
+        worst = (
+            f"row {rows[0]}{more} not the source's (relative error {errors.of_row(rows[0]):.3g})"
+        )
+    if not error <= bound(scheme):
+        yield (
+            f"{module}: relative error {error:.3g} to the source, {scheme.name} stays below "
+            f"{bound(scheme):g}" + (f"; {worst}" if worst else "")
+        )
+    elif worst:
+        yield f"{module}: {worst}"
+    elif errors is not None and errors.lean > LEAN and scheme.kind == "int":
+        yield (
+            f"{module}: its errors lean to one side ({errors.lean:.2f} of their size), "
+            "as with zero points of another convention"
+        )
 
 
 def decode(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> Array:

@@ -61,7 +61,10 @@ class LayerRounder:
     def round_linears(
         self, linears: Sequence[Linear], inputs: LinearInputs | None, result: LayerRounding
     ) -> None:
-        """Attention, dense and shared-expert matrices; `inputs` None where nothing was run."""
+        """Attention, dense and shared-expert matrices; `inputs` None where nothing was run.
+
+        InputError when a matrix is not finite.
+        """
         chosen = {
             linear.module: linear
             for linear in linears
@@ -80,6 +83,7 @@ class LayerRounder:
             result.quantized[module] = self._round_one(
                 module, weight, scheme, hessian if tokens else None, tokens, divisor, result
             )
+        self.weights.demand_finite()
 
     def _divisors(self, chosen: Mapping[str, Linear]) -> dict[str, torch.Tensor]:
         """NVFP4 global scales of fused sets: of the joint largest weight."""

@@ -25,9 +25,16 @@ class LayerWeights:
     def __init__(self, source: Source, device: torch.device) -> None:
         self.source, self.device = source, device
         self.upload = Fp8Upload(device) if has_kernels(device) else None
+        self.sums: list[tuple[str, torch.Tensor]] = []  # not yet asked
+
+    @property
+    def asks_once(self) -> bool:
+        """Whether many matrices are asked at once: on a GPU each would wait for all before it."""
+        return self.device.type == "cuda"
 
     def one(self, linear: Linear) -> torch.Tensor:
-        """A matrix in float32, [out, in]. InputError on a CPU when it is not finite."""
+        """A matrix in float32, [out, in]. InputError when it is not finite, on a GPU only at
+        `demand_finite`."""
         if not linear.stacked:
             return self._checked(
                 linear, self.source.read(linear.logical, torch.float32, self.device)
@@ -41,9 +48,21 @@ class LayerWeights:
         return value if linear.rows is None else value[slice(*linear.rows)].contiguous()
 
     def _checked(self, linear: Linear, value: torch.Tensor) -> torch.Tensor:
-        if self.device.type == "cuda":
-            return value  # to ask there would wait for everything before it: `read` asks once
-        return check_finite(value, linear.logical, self.source)
+        if not self.asks_once:
+            return check_finite(value, linear.logical, self.source)
+        # finite when all values are
+        self.sums.append((linear.logical, value.sum(dtype=torch.float64)))
+        return value
+
+    def demand_finite(self) -> None:
+        """InputError when a matrix that was read since the last call is not finite."""
+        sums, self.sums = self.sums, []
+        if not sums:
+            return
+        finite = torch.isfinite(torch.stack([value for _, value in sums])).tolist()
+        for (name, _), well in zip(sums, finite, strict=True):
+            if not well:
+                raise not_finite(name, self.source.checkpoint)
 
     def stacked(
         self,
@@ -91,16 +110,10 @@ class LayerWeights:
         """
         if self.device.type != "cuda":
             yield from map(self.one, linears)
-            return
-        here = torch.cuda.current_device() if self.device.index is None else self.device.index
-        with ThreadPoolExecutor(READERS, initializer=partial(torch.cuda.set_device, here)) as pool:
-            sums = []
+        else:
             # kernels start on a thread's own device
-            for value in pool.map(self.one, linears):
-                sums.append(value.sum(dtype=torch.float64))  # finite when all values are
-                yield value
-        if sums:
-            finite = torch.isfinite(torch.stack(sums)).tolist()
-            for linear, well in zip(linears, finite, strict=True):
-                if not well:
-                    raise not_finite(linear.logical, self.source.checkpoint)
+            here = torch.cuda.current_device() if self.device.index is None else self.device.index
+            start = partial(torch.cuda.set_device, here)
+            with ThreadPoolExecutor(READERS, initializer=start) as pool:
+                yield from pool.map(self.one, linears)
+        self.demand_finite()

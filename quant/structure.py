@@ -6,11 +6,9 @@ targets and ignore is compressed-tensors' own, because that is what engines will
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from compressed_tensors.utils.match import match_name
 
 from models.checkpoint import Checkpoint, torch_dtype
@@ -21,10 +19,10 @@ from models.shard_index import INDEX, read_json
 from models.shards import DTYPE_BITS
 from models.source_formats import FP4_BLOCK, Source, quantization_config
 from models.stored_parts import Format
+from quant.config_groups import ConfigGroups, names_in
 from quant.export import Layout, stored
 from quant.fused import fused_sets
 from quant.linears import find_linears, head_module
-from quant.recipe_files import GROUP_FIELDS, scheme_from, validated_group
 from quant.schemes import Scheme
 from quant.stored import StoredMatrix, StoredModel
 
@@ -220,77 +218,6 @@ def check_routing(spec: ModelSpec) -> Iterator[str]:
             yield f"config.json: groups of {experts // groups} are too small to be scored"
 
 
-def names_in(settings: Mapping[str, Any], key: str, where: str) -> list[str]:
-    """A list of module names and `re:` patterns. InputError for anything else."""
-    entries = settings.get(key) or []
-    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
-        raise InputError(f"{where}: {key} is {entries!r}, not a list of names")
-    for entry in entries:
-        if entry.startswith("re:"):
-            try:
-                re.compile(entry[3:])
-            except re.error as error:
-                raise InputError(f"{where}: {key} has {entry!r}, no regular expression") from error
-    return entries
-
-
-class ConfigGroups:
-    """config_groups and ignore of a quantization_config, matched as engines do."""
-
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        """InputError for groups that are no scheme known here."""
-        self.schemes: dict[str, Scheme] = {}
-        self.targets: dict[str, list[str]] = {}
-        self.settings: dict[str, Mapping[str, Any]] = {}
-        config_groups = settings.get("config_groups") or {}
-        if not isinstance(config_groups, dict):
-            raise InputError(f"config.json: config_groups is {config_groups!r}, not an object")
-        for name, group in config_groups.items():
-            where = f"config.json: {name}"
-            if not isinstance(group, dict):
-                raise InputError(f"{where} is {group!r}, not a scheme with targets")
-            targets = names_in(group, "targets", where)
-            known = {key: group[key] for key in GROUP_FIELDS & group.keys()}
-            try:
-                parsed = validated_group(known, where)
-            except NotImplementedError as error:  # compressed-tensors, of floats of odd widths
-                raise InputError(f"{where} is no scheme ({error})") from error
-            scheme = scheme_from(parsed.weights, parsed.input_activations, where)
-            unpacked = {"naive-quantized"} if scheme.kind.startswith("fp8") else set()
-            if parsed.format not in {None, scheme.format} | unpacked:
-                raise InputError(
-                    f"{where} has the format {parsed.format}, {scheme.name} is {scheme.format}"
-                )
-            self.schemes[name] = scheme
-            self.targets[name] = targets
-            self.settings[name] = known
-        self.ignore = names_in(settings, "ignore", "config.json")
-        self.ignored_paths = {entry for entry in self.ignore if not entry.startswith("re:")}
-        self.ignore_patterns = [entry for entry in self.ignore if entry.startswith("re:")]
-
-    layout: Layout = "compressed-tensors"
-
-    def translate(
-        self, module: str, tensors: Mapping[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """The tensors of `module` in compressed-tensors' words, which they are in here."""
-        return dict(tensors)
-
-    def ignored(self, module: str) -> bool:
-        """Whether an entry of ignore matches."""
-        return module in self.ignored_paths or any(
-            match_name(module, pattern) for pattern in self.ignore_patterns
-        )
-
-    def groups_of(self, module: str) -> list[str]:
-        """Names of all groups that target a Linear of this path."""
-        return [
-            name
-            for name, targets in self.targets.items()
-            if any(target == "Linear" or match_name(module, target) for target in targets)
-        ]
-
-
 def logical_shapes(model: StoredModel, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     """Logical name -> shape of everything; `shapes` are those of the quantized matrices."""
     plain = {name: info.shape for name, info in model.plain.items()}
@@ -331,7 +258,7 @@ def check_config(
                 yield f"{linear.module} is quantized, config.json has it {how}"
         elif found and not ignored and (ours or linear.place.kind not in ("router", "vision")):
             yield f"{linear.module} is not quantized, config.json targets it and does not ignore it"
-    if head not in model.matrices and groups.groups_of(head) and not head_ignored:
+    if head not in modules and groups.groups_of(head) and not head_ignored:  # tied, not stored
         yield f"{head} is not quantized and not in config.json's ignore"
     yield from _unmatched(groups, modules | names)
 

@@ -5,7 +5,8 @@ from the formats' descriptions (quant/spec_decoder.py); the two must agree to th
 type compressed-tensors decodes to. Neither is our packer. Then: no NaN, no infinity, no matrix of
 zeros, scales positive, global scales shared by fused partners, input scales finite; headers,
 experts, groups and config by quant/structure.py; digests of the manifest; with a source, the
-relative error of each tensor under a bound by scheme (quant/judgement.py, quant/comparison.py).
+relative error of each tensor, and of each row of a matrix, under a bound by scheme
+(quant/judgement.py, quant/matrix_errors.py, quant/comparison.py).
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from models.opening import compute_device, open_model
 from models.progress import Progress, Step, silent
 from models.source_formats import Source, quantization_config
 from quant.comparison import Comparison
+from quant.config_groups import ConfigGroups, check_format
 from quant.foreign import LAYOUT_OF, ExportedGroups
 from quant.fused import fused_sets
 from quant.judgement import Judged, judge_matrix, judge_plain
 from quant.schemes import Scheme
 from quant.stored import StoredMatrix, StoredModel, sort_tensors
 from quant.structure import (
-    ConfigGroups,
     check_config,
     check_experts,
     check_files,
@@ -152,7 +153,10 @@ def verify_checkpoint(
         except InputError as error:
             found.append(str(error))
             return report
-        found += check_config(spec, stored, shapes, groups, ours=is_quantized_here(folder))
+        here = is_quantized_here(folder)
+        if ours:
+            found += check_format(settings, groups, ours=here)
+        found += check_config(spec, stored, shapes, groups, ours=here)
         schemes = {m: groups.schemes[g[0]] for m in stored.matrices if (g := groups.groups_of(m))}
         found += check_partners(spec, matrices_of(stored), schemes)
         for module, scheme in schemes.items():

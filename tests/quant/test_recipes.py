@@ -22,6 +22,7 @@ from models.sizes import bytes_in
 from models.sizes import quantized as sized
 from models.source_formats import Source
 from quant.config import quantization_config, with_quantization
+from quant.config_groups import ConfigGroups, check_format
 from quant.fused import fused_sets
 from quant.linears import Linear, find_linears, head_module
 from quant.recipe_files import load_recipe
@@ -78,6 +79,7 @@ def matched(config: dict[str, Any], module: str) -> list[str]:
 
 def check_exact(config: dict[str, Any], linears: Sequence[Linear], schemes: dict) -> None:
     QuantizationConfig.model_validate({k: v for k, v in config.items() if k[:4] != "vers"})
+    assert list(check_format(config, ConfigGroups(config), ours=True)) == []
     for linear in linears:
         groups = matched(config, linear.module)
         scheme = schemes[linear.module]

@@ -18,10 +18,10 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.entrypoints.convert.converters import ModelOptNvfp4Converter
 from safetensors.torch import save_file
 
+from quant.config_groups import ConfigGroups
 from quant.export import Layout
 from quant.recipes import uniform
 from quant.schemes import SCHEMES, Scheme, int_scheme, scheme_with
-from quant.structure import ConfigGroups
 from runtime.packed import PackedWeights
 from runtime.storage import Storage
 from tests.quant.checkpoints import quantized_checkpoint
