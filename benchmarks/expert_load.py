@@ -33,11 +33,8 @@ def main() -> None:
         living = count_E > 0
         norm_E = (sums.norm_sum / count_E)[living]
         kept = score_experts("reap", sums, layer=layer).topk(keep).indices
-        total = count_E.sum()
-        served, most = (
-            float(count_E[kept].sum() / total),
-            float(count_E.topk(keep).values.sum() / total),
-        )
+        served = float(count_E[kept].sum() / count_E.sum())
+        most = float(count_E.topk(keep).values.sum() / count_E.sum())
         print(
             f"| {layer} | {int((~living).sum())} | {float(count_E.max() / count_E.mean()):.1f} "
             f"| {float(norm_E.max() / norm_E.median()):.1f} | {served:.0%} | {most:.0%} |"

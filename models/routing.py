@@ -126,7 +126,7 @@ def best_fit(
                 group_top=spec.architecture.moe.group_top,
             )
             screened = fits(law, logits_NE, bias_E, weights_NE, SCREENING_ROWS)
-            if all(far_off(one) for one in screened):
+            if all(map(far_off, screened)):
                 continue  # not worth more rows
             found += [
                 (round(fitted.agreement, 2), -fitted.error, number, fitted.law)
@@ -158,7 +158,7 @@ def fits(
     bias_E: torch.Tensor,
     weights_NE: torch.Tensor,
     rows: int,
-) -> tuple[Fit, Fit]:
+) -> list[Fit]:
     """How `law`, normalising and not, with the scale found, gives the weights of `rows` of the
     rows, spread evenly."""
     some = slice(None, None, max(1, len(weights_NE) // rows))
@@ -166,11 +166,10 @@ def fits(
     ids_NK, p_NK = law.chosen(logits_NE, bias_E, torch.ones_like(bias_E, dtype=torch.bool))
     given_NK = weights_NE.gather(1, ids_NK)
     same_N = (given_NK != 0).all(1) & ((weights_NE != 0).sum(1) == law.top_k)
-    one, two = (
+    return [
         _fit(replace(law, normalises=normalises), p_NK, given_NK, same_N)
         for normalises in (True, False)
-    )
-    return one, two
+    ]
 
 
 def _fit(law: RoutingLaw, p_NK: torch.Tensor, given_NK: torch.Tensor, same_N: torch.Tensor) -> Fit:

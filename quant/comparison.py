@@ -24,6 +24,7 @@ from models.errors import InputError
 from models.model_spec import ModelSpec
 from models.opening import OpenModel
 from quant.linears import Linear, find_linears
+from quant.matrix_errors import ratio
 from quant.spec_decoder import Array
 
 PLAN = "plan.json"
@@ -182,10 +183,7 @@ def relative_error(weight: Array, decoded: Array) -> float:
     if weight.shape != decoded.shape:
         return float("inf")
     difference = float(np.linalg.norm((weight - decoded).astype(np.float32).ravel()))
-    norm = float(np.linalg.norm(weight.astype(np.float32).ravel()))
-    if difference == 0:
-        return 0.0
-    return difference / norm if norm else float("inf")
+    return ratio(difference, float(np.linalg.norm(weight.astype(np.float32).ravel())))
 
 
 def bits_error(weight: torch.Tensor, mine: torch.Tensor) -> float:

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 import torch
 
 from calibration.batches import Batch
-from models.device import sent
 from models.experts import RoutedBatch, RoutedExperts
 from quant.hessians import add_products, made_symmetric, whole_range, zero_sums
 from quant.inputs import Fed, is_taken
@@ -66,7 +65,7 @@ def pairs_of(record: RoutedBatch, batch: Batch, num_experts: int) -> Pairs:
     weight_P = record.router_weights_P
     real_T = batch.real_T
     if not bool(real_T.all()):
-        real_P = sent(real_T, token_P.device)[token_P]
+        real_P = batch.real_on(token_P.device)[token_P]
         if record.top_k is None:
             chosen = real_P.nonzero().flatten()
         else:  # to know how many there are nobody has to wait for a GPU

@@ -99,26 +99,25 @@ def error_findings(
     module: str, errors: MatrixErrors | None, scheme: Scheme, global_scale: float | None
 ) -> Iterator[str]:
     """The one thing to say of a matrix whose errors are not those of rounding to `scheme`."""
-    error = float("inf") if errors is None else errors.relative
-    rows = [] if errors is None else errors.broken_rows(scheme, global_scale)
-    worst = ""
-    if errors is not None and rows:
+    stays = f"{scheme.name} stays below {bound(scheme):g}"
+    if errors is None:
+        yield f"{module}: relative error inf to the source, {stays}"
+        return
+    said = []
+    if not errors.relative <= bound(scheme):
+        said.append(f"relative error {errors.relative:.3g} to the source, {stays}")
+    if rows := errors.broken_rows(scheme, global_scale):
         more = f" and {len(rows) - 1} more rows are" if len(rows) > 1 else " is"
-        worst = (
+        said.append(
             f"row {rows[0]}{more} not the source's (relative error {errors.of_row(rows[0]):.3g})"
         )
-    if not error <= bound(scheme):
-        yield (
-            f"{module}: relative error {error:.3g} to the source, {scheme.name} stays below "
-            f"{bound(scheme):g}" + (f"; {worst}" if worst else "")
-        )
-    elif worst:
-        yield f"{module}: {worst}"
-    elif errors is not None and errors.lean > LEAN and scheme.kind == "int":
-        yield (
-            f"{module}: its errors lean to one side ({errors.lean:.2f} of their size), "
+    if not said and errors.lean > LEAN and scheme.kind == "int":
+        said.append(
+            f"its errors lean to one side ({errors.lean:.2f} of their size), "
             "as with zero points of another convention"
         )
+    if said:
+        yield f"{module}: {'; '.join(said)}"
 
 
 def decode(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> Array:

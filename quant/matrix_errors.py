@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -58,10 +59,7 @@ class MatrixErrors:
     @property
     def relative(self) -> float:
         """||W − Ŵ|| / ||W||; 0 for equal values."""
-        difference, weight = np.linalg.norm(self.difference_N), np.linalg.norm(self.weight_N)
-        if difference == 0:
-            return 0.0
-        return float(difference / weight) if weight else float("inf")
+        return ratio(np.linalg.norm(self.difference_N), np.linalg.norm(self.weight_N))
 
     def broken_rows(self, scheme: Scheme, global_scale: float | None = None) -> list[int]:
         """Rows that rounding to `scheme` does not explain, the worst first.
@@ -84,8 +82,14 @@ class MatrixErrors:
 
     def of_row(self, row: int) -> float:
         """The relative error of one row."""
-        weight = float(self.weight_N[row])
-        return float(self.difference_N[row]) / weight if weight else float("inf")
+        return ratio(self.difference_N[row], self.weight_N[row])
+
+
+def ratio(error: float | np.floating[Any], norm: float | np.floating[Any]) -> float:
+    """An error by the norm of what it is an error of; 0 for none, infinity beside a norm of 0."""
+    if error == 0:
+        return 0.0
+    return float(error / norm) if norm else float("inf")
 
 
 def row_bound(scheme: Scheme) -> float:

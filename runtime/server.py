@@ -44,10 +44,6 @@ STOPPING = "the server is shutting down; send the request again"
 log = logging.getLogger("thresher.server")
 
 
-class StoppingError(Exception):
-    """Nothing new is taken any more."""
-
-
 class EngineThread:
     """Steps the engine while there is work, and sleeps otherwise."""
 
@@ -193,7 +189,8 @@ class Service:
             ids, reader = await run_in_threadpool(self._prompt, asked, chat)
             tokens: asyncio.Queue[int | None] = asyncio.Queue()
             if self.closed:
-                raise StoppingError
+                body = error_body(STOPPING, "server_error", "shutting_down")
+                return JSONResponse(body, status_code=503)
             loop = asyncio.get_running_loop()
             running = self.thread.submit(
                 ids, asked.sampling, lambda token: post(loop, tokens, token)
@@ -209,10 +206,6 @@ class Service:
         except QueueFullError as full:
             body = error_body(str(full), "rate_limit_error", "queue_full")
             return JSONResponse(body, status_code=429, headers={"Retry-After": "1"})
-        except StoppingError:
-            return JSONResponse(
-                error_body(STOPPING, "server_error", "shutting_down"), status_code=503
-            )
         turn = Turn(
             self.engine, self.tokenizer, self.name, asked, running, tokens, reader, chat=chat
         )

@@ -67,6 +67,14 @@ def refusal(asked: Future[Any]) -> openai.APIError:
     return refused.value
 
 
+def assert_refused(whole: Future[Any], streamed: Future[Any]) -> None:
+    """By a status the one, by an error event the other."""
+    refused = refusal(whole)
+    assert isinstance(refused, openai.InternalServerError)
+    assert refused.status_code == 503
+    refusal(streamed)
+
+
 def test_those_that_wait_are_refused_at_once(pool: ThreadPoolExecutor) -> None:
     """The one that runs has its whole grace period meanwhile, until a second signal ends it."""
     server = start("--grace", 600, "--max-batch", 1)
@@ -76,10 +84,7 @@ def test_those_that_wait_are_refused_at_once(pool: ThreadPoolExecutor) -> None:
     streamed = pool.submit(stream, server, SHORT)
     wait_for(server, waiting=2)
     server.process.send_signal(signal.SIGTERM)
-    refused = refusal(whole)
-    assert isinstance(refused, openai.InternalServerError)
-    assert refused.status_code == 503
-    refusal(streamed)
+    assert_refused(whole, streamed)
     assert not running.done()
     assert server.process.poll() is None
     server.process.send_signal(signal.SIGTERM)
@@ -97,10 +102,7 @@ def test_answers_that_outlast_the_grace_period(pool: ThreadPoolExecutor, grace: 
     events = pool.submit(httpx.post, f"{server.url}/completions", json={**LONG, "stream": True})
     wait_for(server, running=3)
     server.process.send_signal(signal.SIGTERM)
-    refused = refusal(whole)
-    assert isinstance(refused, openai.InternalServerError)
-    assert refused.status_code == 503
-    refusal(streamed)
+    assert_refused(whole, streamed)
     *_, error, done = events.result(30).text.strip().split("\n\n")
     assert "shutting_down" in error
     assert done == "data: [DONE]"
